@@ -1,247 +1,213 @@
-"""The configuration: frozen sections, one TOML file, environment overrides, and what may change live.
+"""The configuration: one TOML file, environment overrides, and what a running daemon may change.
 
-A `Config` that exists is consistent: contradictions raise when it is built, wrong values when they
-are read. Every key carries its documentation; `deploy/kvtier.example.toml` is written from it.
-
-Does not: create directories, bind sockets or hold anything that changes.
+The sections are declared in `sections.py` and offered here too. Does not: create directories, bind
+sockets or hold anything that changes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import Field, fields, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kvtier import machine
 from kvtier.errors import ConfigError
-from kvtier.units import GIB, HUGE_PAGE_BYTES, MIB, PAGE_BYTES, align_up, format_bytes, parse_bytes
+from kvtier.sections import (
+    SECTIONS,
+    SESSION_SUFFIX,
+    SOCKET_PATH_BYTES_MAX,
+    Config,
+    DramConfig,
+    LimitsConfig,
+    MetricsConfig,
+    PolicyConfig,
+    ServerConfig,
+    SsdConfig,
+    StateConfig,
+    TenantConfig,
+    TiersConfig,
+    session_socket,
+)
+from kvtier.settings import example_lines, flatten, from_text, parse, part, toml_lines, unknown
+from kvtier.units import GIB, HUGE_PAGE_BYTES, MIB
 
-# sockaddr_un.sun_path is 108 bytes with its closing zero.
-SOCKET_PATH_BYTES_MAX = 107
-SESSION_SUFFIX = ".session"
-# Names in the environment that are ours but no key of this file.
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "ENVIRONMENT_ALLOWED", "SECTIONS", "SESSION_SUFFIX", "SOCKET_PATH_BYTES_MAX", "Config",
+    "DramConfig", "LimitsConfig", "MetricsConfig", "PolicyConfig", "ServerConfig", "SsdConfig",
+    "StateConfig", "TenantConfig", "TiersConfig", "default_socket", "describe_changes",
+    "example_toml", "load", "session_socket", "to_toml", "with_live_changes",
+]  # fmt: skip
+
+# Names in the environment that are ours but no key of the file.
 ENVIRONMENT_ALLOWED = ("KVTIER_NATIVE", "KVTIER_SOCKET", "KVTIER_CONFIG", "KVTIER_FAILPOINT")
-_DISK_BYTES_DEFAULT_MAX = 64 * GIB
+# What Kubernetes puts into every pod beside a service called kvtier or kvtier-metrics.
+_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|=(tcp|udp)://")
+_SSD_BYTES_DEFAULT_MAX = 64 * GIB
 _TIER_BYTES_DEFAULT_MIN = 64 * MIB
-_UID_MAX = 2**32 - 2
-_MODES = ("auto", "off", "require")
-# A Kubernetes service called kvtier puts these into every pod beside it; they are not for us.
-_KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
-_T = TypeVar("_T")
+_KEYS = {f"{s}.{f.name}": f for s, section in SECTIONS.items() for f in fields(section)}
+_TENANT_KEYS = {f"tenants.{f.name}": f for f in fields(TenantConfig)}
 
 
-def _about(
-    doc: str,
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
     *,
-    live: bool = False,
-    low: float = 0,
-    high: float = math.inf,
-    choices: tuple[str, ...] = (),
-    shown: str = "",
-) -> dict[str, Any]:
-    """A key's documentation and rules. `shown`: its line in the example when it has no fixed default."""
-    bounds = (low, high)
-    return {"doc": doc, "live": live, "bounds": bounds, "choices": choices, "shown": shown}
+    running: Config | None = None,
+    root: Path = machine.ROOT,
+) -> Config:
+    """The configuration of `path` (else of $KVTIER_CONFIG, else of defaults), then of `environ`.
+
+    With `running` (SIGHUP), tier sizes that nobody set stay as they are instead of following the
+    free memory and space of this moment.
+
+    Raises:
+        ConfigError: names key, value and what is accepted. Nothing was changed.
+        DeviceUnavailable: this machine's memory or disk cannot be measured.
+    """
+    file = path or (Path(environ["KVTIER_CONFIG"]) if environ.get("KVTIER_CONFIG") else None)
+    given, tenants = _read_file(file) if file else ({}, ())
+    names = {"KVTIER_" + name.upper().replace(".", "_"): name for name in _KEYS}
+    for name, text in environ.items():
+        if not name.startswith("KVTIER_") or _KUBERNETES.search(f"{name}={text}"):
+            continue
+        if name in names:
+            declared = _KEYS[names[name]]
+            given[names[name]] = parse(declared, from_text(declared, text), name)
+        elif name not in ENVIRONMENT_ALLOWED:
+            raise unknown(name, [*names, *ENVIRONMENT_ALLOWED])
+    _complete(given, environ, running, root)
+    return _assemble({name: SECTIONS[name](**part(given, name)) for name in SECTIONS}, tenants)
 
 
-def _key(default: Any, doc: str, **about: Any) -> Any:
-    """A field with a default, or with a function that makes one, and what `_about` takes."""
-    if callable(default):
-        return field(default_factory=default, metadata=_about(doc, **about))
-    return field(default=default, metadata=_about(doc, **about))
+def default_socket(environ: Mapping[str, str]) -> Path:
+    """Where a client looks and a daemon listens when no file says: the same for both."""
+    given = environ.get("KVTIER_SOCKET") or environ.get("KVTIER_SERVER_SOCKET")
+    if given:
+        return Path(re.sub(r"^unix:(//(?=/))?", "", given)).expanduser()
+    runtime = environ.get("KVTIER_SERVER_RUNTIME_DIR")
+    return (Path(runtime).expanduser() if runtime else _runtime_dir(environ)) / "kvtier.sock"
 
 
-def session_socket(socket: Path) -> Path:
-    """Where the session socket (handshake and file descriptors) beside a gRPC socket lies."""
-    return socket.with_name(socket.name + SESSION_SUFFIX)
+def to_toml(config: Config) -> str:
+    """A file that `load` turns into an equal Config: every key, in bytes and seconds."""
+    lines: list[str] = []
+    for name in SECTIONS:
+        lines += [f"[{name}]", *toml_lines(attrgetter(name)(config)), ""]
+    for tenant in config.tenants:
+        lines += ["[[tenants]]", *toml_lines(tenant), ""]
+    return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """[server]: sockets, who may connect, threads, and limits of a call."""
-
-    runtime_dir: Path = field(
-        metadata=_about("Where sockets live.", shown='"/run/kvtier"  # or $XDG_RUNTIME_DIR/kvtier')
-    )
-    # An empty path means: beside the others, in runtime_dir (set on construction).
-    socket: Path = _key(
-        Path, "The gRPC socket; sessions attach at this path + .session.",
-        shown='"/run/kvtier/kvtier.sock"  # runtime_dir/kvtier.sock',
-    )  # fmt: skip
-    admin_socket: Path = _key(
-        Path, "The socket of operators.", shown='"/run/kvtier/admin.sock"  # runtime_dir/admin.sock'
-    )
-    trust: str = _key(
-        "isolated", "single-tenant skips the copy on commit and trusts every client's bytes.",
-        choices=("isolated", "single-tenant"),
-    )  # fmt: skip
-    allowed_uids: tuple[int, ...] = _key(
-        lambda: (os.getuid(),), "Users of the tenant `default`, when no [[tenants]] is given.",
-        high=_UID_MAX, shown="[1000]  # the daemon's own user",
-    )  # fmt: skip
-    admin_uids: tuple[int, ...] = _key(
-        lambda: tuple(sorted({0, os.getuid()})), "Users who may use the admin socket.",
-        high=_UID_MAX, shown="[0, 1000]  # root and the daemon's own user",
-    )  # fmt: skip
-    grace_s: float = _key(20.0, "After SIGTERM, how long what is in flight may take.", live=True)
-    lookup_deadline_s: float = _key(
-        0.05, "A lookup without a deadline of its own answers by then.", live=True, low=0.0001
-    )
-    rpc_message_bytes_max: int = _key(
-        4 * MIB, "Largest message.", low=64 * 1024, high=2**31 - 1
-    )
-    keys_per_call_max: int = _key(65536, "Most keys in one call.", low=1, high=65536)
-    rpc_concurrency_max: int = _key(1024, "Most calls at once; more wait.", low=1)
-    sessions_max: int = _key(256, "Most attached client processes.", low=1)
-    watch_events_max: int = _key(65536, "Events a Watch can resume from.", low=1)
-    copy_threads: int = _key(
-        lambda: min(2, machine.cpu_count()), "Threads that copy and checksum.", low=1, high=256,
-        shown="2  # at most the number of CPUs",
-    )  # fmt: skip
-    io_threads: int = _key(4, "Threads that read and write the SSD tier.", low=1, high=256)
-    bypass: bool = _key(False, "Answer every lookup with a miss and store nothing.", live=True)
-    log_level: str = _key(
-        "info", "How much is logged.", live=True, choices=("debug", "info", "warning", "error")
-    )
-
-    def __post_init__(self) -> None:
-        for name, file_name in (("socket", "kvtier.sock"), ("admin_socket", "admin.sock")):
-            if getattr(self, name) == Path():
-                object.__setattr__(self, name, self.runtime_dir / file_name)
+def example_toml() -> str:
+    """The committed example: every key, commented out, with its default (or a typical value)."""
+    lines = ['# Every key of kvtier with its default. Sizes: 4096 or "64MiB"; _s: seconds.']
+    lines += ["# The environment overrides: KVTIER_SERVER_GRACE_S=5. (live): SIGHUP is enough.", ""]
+    for name, section in SECTIONS.items():
+        lines += [f"# {section.__doc__}", f"[{name}]", *example_lines(section), ""]
+    lines += [f"# {TenantConfig.__doc__}", "# [[tenants]]", *example_lines(TenantConfig), ""]
+    return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class StateConfig:
-    """[state]: what survives a restart."""
+def describe_changes(old: Config, new: Config) -> list[tuple[str, bool]]:
+    """Each key whose value differs, and whether a running daemon can take the new one."""
+    changes = [
+        (name, "live" in declared.metadata)
+        for name, declared in _KEYS.items()
+        if attrgetter(name)(old) != attrgetter(name)(new)
+    ]
+    return changes + ([("tenants", False)] if old.tenants != new.tenants else [])
 
-    dir: Path = field(
-        metadata=_about(
-            "Lock, slabs and catalogue; on the SSD meant for the cache.",
-            shown='"/var/lib/kvtier"  # or $XDG_STATE_HOME/kvtier, ~/.local/state/kvtier',
+
+def with_live_changes(old: Config, new: Config) -> Config:
+    """`old`, with what may change live taken from `new`. ConfigError: the mixture contradicts."""
+    changed = {name: attrgetter(name)(new) for name, live in describe_changes(old, new) if live}
+    sections = {s: replace(attrgetter(s)(old), **part(changed, s)) for s in SECTIONS}
+    return _assemble(sections, old.tenants)
+
+
+def _assemble(sections: dict[str, Any], tenants: tuple[TenantConfig, ...]) -> Config:
+    tiers = TiersConfig(sections.pop("tiers.dram"), sections.pop("tiers.ssd"))
+    return Config(**sections, tiers=tiers, tenants=tenants)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], tuple[TenantConfig, ...]]:
+    import tomllib  # not for clients, which only ask for default_socket
+
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    tables = tree.pop("tenants", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError("tenants: write each tenant as a table of its own, [[tenants]]")
+    given = _parsed(flatten(tree, {*SECTIONS, "tiers"}), _KEYS)
+    tenants = []
+    for table in tables:
+        values = _parsed(flatten(table, set(), "tenants."), _TENANT_KEYS)
+        if "tenants.name" not in values:
+            raise ConfigError("tenants.name: every one of [[tenants]] needs a name")
+        tenants.append(TenantConfig(**part(values, "tenants")))
+    return given, tuple(tenants)
+
+
+def _parsed(flat: dict[str, Any], known: dict[str, Field[Any]]) -> dict[str, Any]:
+    for name, value in flat.items():
+        if name in (*SECTIONS, "tiers"):
+            raise ConfigError(f"{name} = {value!r}: must be a table, [{name}]")
+        if name not in known:
+            raise unknown(name, list(known))
+    return {name: parse(known[name], value, name) for name, value in flat.items()}
+
+
+def _runtime_dir(environ: Mapping[str, str]) -> Path:
+    base = environ.get("XDG_RUNTIME_DIR", "")
+    fallback = "/run/kvtier" if os.getuid() == 0 else f"/tmp/kvtier-{os.getuid()}"  # noqa: S108
+    return Path(base, "kvtier") if base.startswith("/") else Path(fallback)
+
+
+def _state_dir(environ: Mapping[str, str]) -> Path:
+    base = environ.get("XDG_STATE_HOME", "")
+    if not base.startswith("/") and os.getuid() == 0:
+        return Path("/var/lib/kvtier")
+    home = environ.get("HOME") or str(Path.home())
+    return Path(base if base.startswith("/") else f"{home}/.local/state", "kvtier")
+
+
+def _complete(
+    given: dict[str, Any], environ: Mapping[str, str], running: Config | None, root: Path
+) -> None:
+    """Adds what depends on environment and machine to the keys that were given."""
+    given.setdefault("server.runtime_dir", _runtime_dir(environ))
+    if environ.get("KVTIER_SOCKET"):
+        given.setdefault("server.socket", default_socket(environ))
+    state_dir = given.setdefault("state.dir", _state_dir(environ))
+    if not given.get("tiers.dram.size_bytes"):
+        limit = machine.memory_limit_bytes(root)
+        free = machine.memory_available_bytes(root) - limit // 8  # headroom for everything else
+        measured = max(_TIER_BYTES_DEFAULT_MIN, min(limit // 4, free))
+        size_bytes = running.tiers.dram.size_bytes if running else measured
+        given["tiers.dram.size_bytes"] = size_bytes - size_bytes % HUGE_PAGE_BYTES
+    size_bytes = given.setdefault("tiers.ssd.size_bytes", 0)
+    if size_bytes or not given.get("tiers.ssd.enabled", True):
+        return
+    if running and running.tiers.ssd.enabled:
+        size_bytes = running.tiers.ssd.size_bytes
+    else:
+        # What the tier itself holds counts as free, or it would shrink with every restart.
+        free = machine.file_system(state_dir, root).free_bytes + machine.directory_bytes(state_dir)
+        reserve = given.get("tiers.ssd.min_free_bytes", GIB)
+        size_bytes = min(_SSD_BYTES_DEFAULT_MAX, free // 2 - reserve)
+        size_bytes -= size_bytes % HUGE_PAGE_BYTES
+    if size_bytes >= _TIER_BYTES_DEFAULT_MIN:
+        given["tiers.ssd.size_bytes"] = size_bytes
+    elif given.setdefault("tiers.ssd.enabled", False):
+        raise ConfigError(
+            f"tiers.ssd.enabled = True: no room below {state_dir} (half of the free space less "
+            "tiers.ssd.min_free_bytes); set tiers.ssd.size_bytes, state.dir or enabled = false"
         )
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class DramConfig:
-    """[tiers.dram]: host memory."""
-
-    size_bytes: int = field(
-        metadata=_about(
-            "Size of the tier. 0: a quarter of the machine's or container's memory limit.",
-            shown="0  # automatic",
-        )
-    )
-    segment_bytes: int = _key(0, "Size of one arena. 0: 1/64 of the tier, 2 MiB to 1 GiB.")
-    high_water: float = _key(0.90, "Used share that starts demotion.", live=True, high=1)
-    low_water: float = _key(0.80, "Used share that ends demotion.", live=True, high=1)
-    huge_pages: str = _key("auto", "Huge pages for the arenas.", choices=_MODES)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "segment_bytes", _segment_bytes(self, HUGE_PAGE_BYTES))
-
-
-@dataclass(frozen=True, slots=True)
-class SsdConfig:
-    """[tiers.ssd]: slab files and catalogue below state.dir."""
-
-    size_bytes: int = field(
-        metadata=_about(
-            "Size of the tier. 0: half of the free space less min_free_bytes, at most 64 GiB.",
-            shown="0  # automatic",
-        )
-    )
-    enabled: bool = _key(True, "Whether there is an SSD tier.")
-    segment_bytes: int = _key(0, "Size of one segment. 0: 1/64 of the tier, 16 MiB to 1 GiB.")
-    min_free_bytes: int = _key(GIB, "Space on the file system that is never used.")
-    high_water: float = _key(0.95, "Used share that starts eviction.", live=True, high=1)
-    low_water: float = _key(0.90, "Used share that ends eviction.", live=True, high=1)
-    direct_io: str = _key("auto", "O_DIRECT for the slabs.", choices=_MODES)
-    sync_interval_ms: int = _key(50, "Written bytes are synced at least this often.", low=1)
-    sync_bytes_max: int = _key(256 * MIB, "Written bytes that force a sync.", low=MIB)
-    queue_depth_max: int = _key(64, "Reads and writes in flight.", low=1, high=4096)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "segment_bytes", _segment_bytes(self, 16 * MIB))
-
-
-@dataclass(frozen=True, slots=True)
-class TiersConfig:
-    """The tiers, fast to slow."""
-
-    dram: DramConfig
-    ssd: SsdConfig
-
-
-@dataclass(frozen=True, slots=True)
-class LimitsConfig:
-    """[limits]: what one client, or all together, may hold. New values bind what comes after."""
-
-    write_arena_bytes: int = _key(256 * MIB, "Each session's.", live=True, low=PAGE_BYTES)
-    block_bytes_max: int = _key(256 * MIB, "Largest shard of a block.", live=True, low=1)
-    leases_per_session_max: int = _key(4096, "Leases a session holds.", live=True, low=1)
-    reservations_per_session_max: int = _key(1024, "Reservations it holds.", live=True, low=1)
-    lease_ttl_s: float = _key(300.0, "A lease not renewed ends then.", live=True, low=0.001)
-    reservation_ttl_s: float = _key(60.0, "A reservation ends then.", live=True, low=0.001)
-    request_ids_max: int = _key(4096, "Answers kept per session for retries.", live=True, low=1)
-    namespaces_max: int = _key(4096, "Namespaces of all tenants.", live=True, low=1)
-    moves_in_flight_max: int = _key(1024, "Planned moves between tiers.", live=True, low=1)
-    placeholders_max: int = _key(100_000, "Places kept for lost ancestors.", live=True)
-
-
-@dataclass(frozen=True, slots=True)
-class TenantConfig:
-    """[[tenants]]: who shares nothing with the others."""
-
-    name: str = field(metadata=_about("Its name, in metrics too.", shown='"team-a"'))
-    uids: tuple[int, ...] = _key(
-        (), "Its users on the common socket; with a socket of its own: the only users there "
-        "(none: whoever can open it).", high=_UID_MAX,
-    )  # fmt: skip
-    socket: Path | None = _key(
-        None, "A socket of its own, to mount into its pods.", shown='"/run/kvtier-a/kvtier.sock"'
-    )
-    admin: bool = _key(False, "Whether its sessions may see and change other tenants.")
-    dram_guaranteed_bytes: int = _key(0, "DRAM no other tenant evicts it from.")
-    ssd_guaranteed_bytes: int = _key(0, "SSD space no other tenant evicts it from.")
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyConfig:
-    """[policy]: what is evicted first."""
-
-    name: str = _key("lru", "The eviction policy.", choices=("lru",))
-
-
-@dataclass(frozen=True, slots=True)
-class MetricsConfig:
-    """[metrics]: the Prometheus endpoint."""
-
-    port: int | None = _key(None, "Its TCP port; without one: off.", high=65535, shown="9470")
-    host: str = _key("127.0.0.1", "The address it listens on.")
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """The whole configuration. Construction raises ConfigError when two keys disagree."""
-
-    server: ServerConfig
-    state: StateConfig
-    tiers: TiersConfig
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    tenants: tuple[TenantConfig, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.tenants:
-            default = TenantConfig("default", uids=self.server.allowed_uids)
-            object.__setattr__(self, "tenants", (default,))
-        _check(self)

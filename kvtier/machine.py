@@ -2,7 +2,6 @@
 
 Every question reads `/proc`, `/sys` and `/dev` below an injectable `root` and changes nothing; the
 one exception is `direct_io_works`, which writes and removes a temporary file.
-
 Does not: decide sizes (config) or allocate anything (tiers).
 """
 
@@ -12,7 +11,6 @@ import errno
 import mmap
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +97,9 @@ def huge_pages(root: Path = ROOT) -> HugePages:
 
 def memlock_bytes(root: Path = ROOT) -> int | None:
     """The soft limit of locked memory (RLIMIT_MEMLOCK) in bytes; None when unlimited."""
-    match = re.search(r"^Max locked memory\s+(\d+|unlimited)", _text(root / "proc/self/limits"), re.M)
+    match = re.search(
+        r"^Max locked memory\s+(\d+|unlimited)", _text(root / "proc/self/limits"), re.MULTILINE
+    )
     return int(match.group(1)) if match and match.group(1).isdigit() else None
 
 
@@ -110,7 +110,7 @@ def memfd_bytes_held_by_others(
 
     A memfd counts once, for the lowest pid that has it, and not at all when `exclude_pid` has it
     too (then it is ours). A mapping without a descriptor counts up to its highest mapped byte.
-    Processes we may not look into, or that end meanwhile, are passed over. Cost: reads /proc/*/maps.
+    Processes we may not look into, or that end meanwhile, are passed over. Cost: reads all maps.
     """
     seen = set(_memfds(root / "proc" / str(exclude_pid), name_prefix))
     held = []
@@ -152,7 +152,7 @@ def _memfds(process: Path, name_prefix: str) -> dict[tuple[int, int, int], int]:
 def _meminfo(root: Path) -> dict[str, int]:
     """/proc/meminfo in bytes; the HugePages_ counts as they are."""
     text = _text(root / "proc/meminfo")
-    found = re.findall(r"^([\w()]+):\s+(\d+)( kB)?$", text, re.M)
+    found = re.findall(r"^([\w()]+):\s+(\d+)( kB)?$", text, re.MULTILINE)
     values = {name: int(number) * (KIB if unit else 1) for name, number, unit in found}
     if "MemTotal" not in values:
         raise DeviceUnavailable(f"{root / 'proc/meminfo'} does not say MemTotal; is /proc mounted?")
@@ -230,6 +230,8 @@ def direct_io_works(directory: Path) -> bool:
     Tried with a temporary file that is gone afterwards: some file systems accept the flag and
     refuse the write. Raises DeviceUnavailable when no file can be written there at all.
     """
+    import tempfile  # costs 10 ms, and clients import this file
+
     where = existing_parent(directory)
     try:
         descriptor, name = tempfile.mkstemp(prefix=".kvtier-direct-io-", dir=where)

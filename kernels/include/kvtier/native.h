@@ -1,0 +1,70 @@
+// The C ABI of kvtier/_native_cpu.so. Called by kvtier/native.py through ctypes, without the GIL.
+//
+// Rules of every function here: takes a batch; keeps no state and takes no lock (any thread, any
+// number at once); throws nothing. Sizes and offsets are bytes. Memory named by a caller stays
+// the caller's and must be mapped.
+#ifndef KVTIER_NATIVE_H
+#define KVTIER_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define KVT_ABI_VERSION 1
+#define KVT_HEADER_BYTES 4096
+#define KVT_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// KVT_ABI_VERSION of this library. A caller that expects another one must not call anything else.
+KVT_EXPORT uint32_t kvt_abi_version(void);
+
+// The instruction set in use: "avx512", "avx2", "sse2" or "generic". Static storage.
+KVT_EXPORT const char* kvt_isa(void);
+
+// Uses another instruction set from now on (tests, comparisons). Results are the same in all.
+// Returns 0, EINVAL (no such name in this build) or ENOTSUP (this CPU lacks it); then no change.
+KVT_EXPORT int32_t kvt_select_isa(const char* name);
+
+// out[i] = XXH3-64 (seed 0) of len[i] bytes at src[i]. Returns 0.
+KVT_EXPORT int32_t kvt_checksum(size_t n, const void* const src[], const uint64_t len[],
+                                uint64_t out[]);
+
+// Copies len[i] bytes from src[i] to dst[i]. Areas must not overlap. Returns 0.
+KVT_EXPORT int32_t kvt_copy(size_t n, void* const dst[], const void* const src[],
+                            const uint64_t len[]);
+
+// kvt_copy and kvt_checksum in one pass. Each source byte is read once; out_checksum[i] is of the
+// bytes that were stored at dst[i], also when someone changes src[i] meanwhile. Returns 0.
+KVT_EXPORT int32_t kvt_copy_checksum(size_t n, void* const dst[], const void* const src[],
+                                     const uint64_t len[], uint64_t out_checksum[]);
+
+// Writes KVT_HEADER_BYTES from header[i], then payload_len[i] bytes from payload[i], to fd[i] at
+// offset[i]. err[i] = 0 when all of it was written, else errno (EIO when a write makes no
+// progress); a failed item may be partly written, the others are not affected. Alignment for
+// O_DIRECT is the caller's. Returns the number of failed items.
+KVT_EXPORT int32_t kvt_slots_write(size_t n, const int32_t fd[], const uint64_t offset[],
+                                   const void* const header[], const void* const payload[],
+                                   const uint64_t payload_len[], int32_t err[]);
+
+// Reads KVT_HEADER_BYTES to header_out[i], then payload_len[i] bytes to payload_out[i], from fd[i]
+// at offset[i]; checksum_out[i] = XXH3-64 of the first size[i] payload bytes. err[i] = 0, else
+// errno: EIO when the file ends before the slot does, EINVAL when size[i] > payload_len[i] (then
+// nothing was read). With err[i] != 0, checksum_out[i] is 0. Returns the number of failed items.
+KVT_EXPORT int32_t kvt_slots_read(size_t n, const int32_t fd[], const uint64_t offset[],
+                                  void* const header_out[], void* const payload_out[],
+                                  const uint64_t payload_len[], const uint64_t size[],
+                                  uint64_t checksum_out[], int32_t err[]);
+
+// Gives every page that touches [ptr, ptr + len) its memory now, contents kept. Returns 0 or
+// errno, also in *err: ENOMEM (not mapped, or no memory), EFAULT (a later write there would have
+// been a SIGBUS: tmpfs full, huge page pool empty, file too short; or not writable). Raises no
+// signal. Some pages may have been populated when it fails.
+KVT_EXPORT int32_t kvt_prefault(void* ptr, uint64_t len, int32_t* err);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // KVTIER_NATIVE_H

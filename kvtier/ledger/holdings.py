@@ -1,0 +1,93 @@
+"""What sessions hold: leases, reservations, and blocks that wait for their other shards.
+
+Does not: decide. `ledger.py` is the only writer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from kvtier.block import Keys, Reason
+from kvtier.ledger.chain import Namespace
+
+# State of a shard in a Partial.
+OPEN, TAKEN, COMMITTED = 0, 1, 2
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A right to read blocks `first_needed`..`count` of a chain.
+
+    `slots` is the answer (one DRAM slot a block and shard) once all of them are readable there;
+    until then the lease holds the runs and waits for promotions. `runs` are pinned.
+    """
+
+    id: int
+    session_id: int
+    tenant: str
+    group: str
+    space: Namespace
+    keys: Keys
+    first_needed: int
+    count: int
+    started_s: float
+    runs: set[int] = field(default_factory=set)
+    slots: array[int] | None = None
+    reason: Reason = Reason.NONE
+
+    @property
+    def needed_count(self) -> int:
+        return self.count - self.first_needed
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One block of a reservation: where it belongs and the slot its bytes will lie in."""
+
+    key: bytes
+    parent: bytes
+    position: int
+    slot: int
+    state: int = OPEN  # OPEN -> TAKEN (bytes being copied) -> COMMITTED or given back
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A right to write. `extent` is the offset in the session's write arena, if it has one."""
+
+    id: int
+    session_id: int
+    space: Namespace
+    epoch: int
+    shard: int
+    deadline_s: float
+    started_s: float
+    entries: list[Entry]
+    extent: int | None = None
+    ended: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether bytes of an entry are being copied now."""
+        return any(entry.state == TAKEN for entry in self.entries)
+
+    @property
+    def open(self) -> bool:
+        """Whether an entry may still be committed."""
+        return any(entry.state == OPEN for entry in self.entries)
+
+
+@dataclass(slots=True, eq=False)
+class Partial:
+    """A block of a multi-shard format on its way: room for all shards was taken at once, so that
+    no two blocks can starve each other, and it becomes readable when the last shard commits."""
+
+    space: Namespace
+    key: bytes
+    parent: bytes
+    position: int
+    slots: array[int]
+    states: bytearray
+    checksums: array[int]
+    deadline_s: float

@@ -1,0 +1,368 @@
+"""Moves: what must be copied where, so that there is room, and what was asked for is near.
+
+    plan (slots taken below or above) --> Move --mover--> finish_move | abort_move
+
+- **make_room**: the policy's oldest runs give blocks from their ends. A copy that exists below
+  too is dropped at once; another is demoted (its slot is free when the move finishes); in the
+  lowest tier it is forgotten.
+- **promote**: brings a lease's (or prefetch's) blocks to the first tier, shallow ones first.
+- **copy_down**: writes below what is only above (flush, drain, durable commits); drops nothing.
+
+One move per block and target tier at a time; the source is never freed before the target is
+readable; a move that fails changes nothing.
+
+Does not: run moves (transfer/mover.py) or wait for anything (store.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from kvtier.block import Keys, Move, Route, TierId
+from kvtier.errors import InvariantViolated, KvTierError
+from kvtier.ledger.chain import Namespace, Run
+from kvtier.ledger.ledger import Ledger
+from kvtier.ledger.search import Span
+
+# Runs looked at in one search for room; the rest are looked at by the next.
+_CANDIDATES_MAX = 256
+
+
+class Moves:
+    """Planned and running moves of one ledger. Event loop only."""
+
+    def __init__(self, ledger: Ledger, *, in_flight_max: int = 1024) -> None:
+        self._ledger = ledger
+        self.in_flight_max = in_flight_max
+        self.moves: dict[int, Move] = {}
+        self.by_target: dict[tuple[int, bytes, TierId], int] = {}
+        # Slots that running demotions will free, by tier and (tenant, slot size).
+        self._leaving: dict[tuple[TierId, str, int], int] = {}
+        self._leaving_bytes = dict.fromkeys(ledger.tiers, 0)
+
+    # --- room
+
+    def make_room(self, tier: TierId, space: Namespace, count: int) -> list[Move]:
+        """Frees room for `count` slots of this namespace's size in the tier, now or when the
+        returned moves (and erasures) are done. May free less: ask again after progress."""
+        tenant, slot_bytes = space.tenant, space.slot_bytes[tier]
+        moves: list[Move] = []
+        short = count - self._expected(tier, tenant, slot_bytes)
+        if short <= 0:
+            return moves
+        same = (tenant, slot_bytes)
+        for run in self._candidates(tier):
+            if (run.space.tenant, run.space.slot_bytes[tier]) == same:
+                self._take_from(run, tier, short, moves)
+                short = count - self._expected(tier, tenant, slot_bytes)
+                if short <= 0:
+                    return moves
+        if self._ledger.slots[tier].available(tenant, slot_bytes) == 0:
+            self._empty_a_segment(tier, space, moves)
+        return moves
+
+    def _expected(self, tier: TierId, tenant: str, slot_bytes: int) -> int:
+        """Slots free now, or soon by moves and erasures that are under way."""
+        leaving = self._leaving.get((tier, tenant, slot_bytes), 0)
+        return self._ledger.slots[tier].available(tenant, slot_bytes) + leaving
+
+    def shrink_to(self, tier: TierId, used_bytes: int) -> list[Move]:
+        """Demotes (or forgets) until the tier's used bytes, less what is leaving, are there."""
+        moves: list[Move] = []
+        slots = self._ledger.slots[tier]
+        for run in self._candidates(tier):
+            excess = slots.used_bytes - self._leaving_bytes[tier] - used_bytes
+            if excess <= 0 or len(self.moves) >= self.in_flight_max:
+                break
+            self._take_from(run, tier, -(-excess // run.space.slot_bytes[tier]), moves)
+        return moves
+
+    def _candidates(self, tier: TierId) -> Iterator[Run]:
+        """Runs that may give blocks, in the policy's order; a parent follows its last child."""
+        ledger = self._ledger
+        order = islice(ledger.chains.policies[tier].order(), _CANDIDATES_MAX)
+        for run_id in list(order):
+            run: Run | None = ledger.chains.runs.get(run_id)
+            while run is not None and run.held[tier] and self._may_take(run, tier):
+                yield run
+                if run.id in ledger.chains.runs and run.held[tier]:
+                    break
+                run = ledger.chains.runs.get(run.parent) if run.parent else None
+
+    def _may_take(self, run: Run, tier: TierId) -> bool:
+        if run.leases or run.below[tier]:
+            return False
+        return not (run.pins and tier is self._ledger.tiers[-1])
+
+    def _take_from(self, run: Run, tier: TierId, slot_count: int, moves: list[Move]) -> None:
+        """Takes blocks from the run's end until `slot_count` slots are (to be) free."""
+        ledger, shards = self._ledger, run.space.shards
+        bit, lower = 1 << tier, self._next_below(tier)
+        for place in range(len(run) - 1, -1, -1):
+            if slot_count <= 0:
+                break
+            state = run.state[place]
+            if not state & bit:
+                continue
+            if self._is_read(run, place, tier):
+                continue  # leaving already, or being copied up: not to be taken twice
+            if state >> (tier + 1):
+                ledger.free(run, place, tier, "evicted")
+            elif lower is None:
+                if run.pins:
+                    break
+                ledger.free(run, place, tier, "evicted")
+                ledger.evicted_blocks += 1
+            else:
+                move = self._plan(run, place, Route(tier, lower), drop_source=True)
+                if move is None:
+                    break
+                moves.append(move)
+            slot_count -= shards
+        ledger.chains.trim(run, "evicted")
+
+    def _next_below(self, tier: TierId) -> TierId | None:
+        """The next tier down that takes copies now; None = this is the last."""
+        lower = [t for t in self._ledger.tiers if t > tier and t not in self._ledger.closed_tiers]
+        return lower[0] if lower else None
+
+    def _is_read(self, run: Run, place: int, tier: TierId) -> bool:
+        return (tier, run.slots_of(place, tier)[0]) in self._ledger.readers
+
+    def _empty_a_segment(self, tier: TierId, space: Namespace, moves: list[Move]) -> None:
+        """The tier has no room for this slot size or tenant: empties the segment (of another
+        class) whose most recently used run is the oldest."""
+        ledger, slots = self._ledger, self._ledger.slots[tier]
+        mine = (space.tenant, space.slot_bytes[tier])
+        rank = {run_id: n for n, run_id in enumerate(ledger.chains.policies[tier].order())}
+        best: tuple[int, int] | None = None
+        for segment in slots.segments:
+            if segment.slot_class is None or segment.slot_class == mine:
+                continue
+            if segment.slot_class[0] != space.tenant and self._is_guaranteed(tier, segment.slot_class[0]):
+                continue
+            owners = set(slots.owners(segment.index))
+            runs = [ledger.chains.runs[owner] for owner in owners]
+            if any(run.leases for run in runs) or not runs:
+                continue
+            newest = max(rank.get(owner, 0) for owner in owners)
+            if best is None or newest < best[0]:
+                best = (newest, segment.index)
+        if best is not None:
+            for owner in list(slots.owners(best[1])):
+                self._leave_segment(ledger.chains.runs[owner], tier, best[1], moves)
+
+    def _is_guaranteed(self, tier: TierId, tenant: str) -> bool:
+        guaranteed = self._ledger.guaranteed_bytes.get((tenant, tier), 0)
+        used = self._ledger.slots[tier].used_bytes_by_tenant.get(tenant, 0)
+        return used <= guaranteed
+
+    def _leave_segment(self, run: Run, tier: TierId, segment: int, moves: list[Move]) -> None:
+        """Takes the run's blocks that lie in the segment, wherever in the chain they are."""
+        bit, lower = 1 << tier, self._next_below(tier)
+        for place in range(len(run) - 1, -1, -1):
+            if not run.state[place] & bit or self._is_read(run, place, tier):
+                continue
+            if all(slot >> 20 != segment for slot in run.slots_of(place, tier)):
+                continue
+            if run.state[place] >> (tier + 1) or (lower is None and not run.pins):
+                self._ledger.free(run, place, tier, "evicted")
+            elif lower is not None:
+                move = self._plan(run, place, Route(tier, lower), drop_source=True)
+                if move is None:
+                    break
+                moves.append(move)
+        self._ledger.chains.trim(run, "evicted")
+
+    # --- planning one
+
+    def _plan(self, run: Run, place: int, route: Route, *, drop_source: bool) -> Move | None:
+        """A move of this block, its target slots acquired; None when there is no room (room below
+        is made for the next try), too many are running, or one to that tier is running."""
+        ledger, space = self._ledger, run.space
+        key = run.key(place)
+        target_key = (space.id, key, route.target)
+        if len(self.moves) >= self.in_flight_max or target_key in self.by_target:
+            return None
+        slots, slot_bytes = ledger.slots[route.target], space.slot_bytes[route.target]
+        if slot_bytes > slots.plan.size_bytes:
+            return None
+        if slots.available(space.tenant, slot_bytes) < space.shards:
+            if route.target is not ledger.tiers[-1] or route.target is ledger.top:
+                return None
+            # The lowest tier only forgets: that plans no moves, and its slots come back when
+            # their records are erased.
+            self.make_room(route.target, space, max(space.shards, self._batch(space)))
+            if slots.available(space.tenant, slot_bytes) < space.shards:
+                return None
+        move = Move(
+            id=ledger.next_id(),
+            namespace_id=space.id,
+            route=route,
+            source_slots=tuple(run.slots_of(place, route.source)),
+            target_slots=tuple(slots.acquire(space.tenant, slot_bytes, space.shards)),
+            source_slot_bytes=space.slot_bytes[route.source],
+            target_slot_bytes=slot_bytes,
+            labels=tuple(ledger.label(run, place, shard) for shard in range(space.shards)),
+            drop_source=drop_source,
+        )
+        self.moves[move.id] = move
+        self.by_target[target_key] = move.id
+        for slot in move.source_slots:
+            ledger.readers.setdefault((route.source, slot), set()).add(move.id)
+        if drop_source:
+            self._count_leaving(space, move, 1)
+        return move
+
+    def _batch(self, space: Namespace) -> int:
+        """How many slots to free at once below: erasing in batches is what makes it cheap."""
+        return 64 * space.shards
+
+    def _count_leaving(self, space: Namespace, move: Move, sign: int) -> None:
+        tier, size = move.route.source, move.source_slot_bytes
+        key = (tier, space.tenant, size)
+        self._leaving[key] = self._leaving.get(key, 0) + sign * len(move.source_slots)
+        self._leaving_bytes[tier] += sign * len(move.source_slots) * size
+
+    def promote(self, space: Namespace, spans: list[Span], count_max: int) -> list[Move]:
+        """Moves that bring these blocks to the first tier, shallow ones first; as many as find
+        room now, and demotions that make room for the rest. Ask again after progress."""
+        top, moves = self._ledger.top, []
+        wanted = [
+            (run.id, run.key(place))
+            for run, start, end in spans
+            if run.held[top] < len(run)
+            for place in range(start, end)
+            if not run.state[place] >> top & 1
+        ][:count_max]
+        wanted = [w for w in wanted if (space.id, w[1], top) not in self.by_target]
+        if not wanted:
+            return []
+        moves.extend(self.make_room(top, space, len(wanted) * space.shards))
+        for _, key in wanted:
+            found = self._ledger.chains.find(space, key)
+            if found is None or found[0].state[found[1]] >> top & 1:
+                continue
+            run, place = found
+            state = run.state[place]
+            if not state:
+                break
+            source = TierId((state & -state).bit_length() - 1)
+            move = self._plan(run, place, Route(source, top), drop_source=False)
+            if move is None:
+                break
+            moves.append(move)
+        return moves
+
+    def pending(self, space: Namespace, keys: Keys, first: int, end: int) -> int:
+        """How many of these blocks are on their way to the first tier."""
+        top = self._ledger.top
+        return sum((space.id, keys[at], top) in self.by_target for at in range(first, end))
+
+    def copy_down(self, runs: Iterator[Run], count_max: int) -> list[Move]:
+        """Moves that write below what these runs have only in the first tier; ancestors first."""
+        top = self._ledger.top
+        lower = self._next_below(top)
+        moves: list[Move] = []
+        if lower is None:
+            return moves
+        for run in runs:
+            if not run.held[top] or run.condemned:
+                continue
+            for place in range(len(run)):
+                if run.state[place] != 1 << top:
+                    continue
+                if (run.space.id, run.key(place), lower) in self.by_target:
+                    continue
+                move = self._plan(run, place, Route(top, lower), drop_source=False)
+                if move is None or len(moves) >= count_max:
+                    return [*moves, move] if move else moves
+                moves.append(move)
+        return moves
+
+    # --- telling what became of them
+
+    def finish_move(self, move: Move) -> bool:
+        """The target holds the bytes: it becomes a copy, the source of a demotion is freed. False
+        when the block went away meanwhile: the target is given back."""
+        ledger, route = self._ledger, move.route
+        space = self._end(move)
+        found = ledger.chains.find(space, move.labels[0].key)
+        wanted = (
+            found is not None
+            and space.epoch == move.labels[0].epoch
+            and found[0].state[found[1]] != 0
+            and not found[0].state[found[1]] >> route.target & 1
+            and self._same_bytes(move, found[0], found[1])
+        )
+        if found is None or not wanted:
+            ledger.discard_target(route.target, move.target_slots, move.labels, written=True)
+            ledger.end_holder(move.id)
+            return False
+        run, place = found
+        ledger.chains.put_copy(run, place, route.target, move.target_slots)
+        bit = 1 << route.source
+        if (
+            move.drop_source
+            and run.state[place] & bit
+            and not run.leases
+            and tuple(run.slots_of(place, route.source)) == move.source_slots
+            and not self._is_read(run, place, route.source)
+        ):
+            ledger.free(run, place, route.source, "evicted")
+        ledger.end_holder(move.id)
+        return True
+
+    @staticmethod
+    def _same_bytes(move: Move, run: Run, place: int) -> bool:
+        shards = run.space.shards
+        checksums = run.checksums[place * shards : (place + 1) * shards]
+        return all(
+            label.checksum == known for label, known in zip(move.labels, checksums, strict=True)
+        )
+
+    def abort_move(self, move: Move, *, source_corrupt: bool, written: bool = False) -> None:
+        """It failed: the target is given back, the source stays, unless its bytes are damaged:
+        then that copy is lost."""
+        ledger = self._ledger
+        space = self._end(move)
+        ledger.discard_target(move.route.target, move.target_slots, move.labels, written=written)
+        found = ledger.chains.find(space, move.labels[0].key)
+        if source_corrupt and found is not None:
+            run, place = found
+            bit = 1 << move.route.source
+            if (
+                run.state[place] & bit
+                and tuple(run.slots_of(place, move.route.source)) == move.source_slots
+            ):
+                ledger.lose(space, move.labels[0].key, move.route.source)
+        ledger.end_holder(move.id)
+
+    def _end(self, move: Move) -> Namespace:
+        ledger = self._ledger
+        if self.moves.pop(move.id, None) is None:
+            raise InvariantViolated(f"move {move.id} ended twice")
+        space = ledger.spaces[move.namespace_id]
+        del self.by_target[space.id, move.labels[0].key, move.route.target]
+        for slot in move.source_slots:
+            readers = ledger.readers[move.route.source, slot]
+            readers.discard(move.id)
+            if not readers:
+                del ledger.readers[move.route.source, slot]
+        if move.drop_source:
+            self._count_leaving(space, move, -1)
+        return space
+
+    def held_slots(self) -> dict[TierId, int]:
+        """Target slots of running moves, for the ledger's check."""
+        held: dict[TierId, int] = {}
+        for move in self.moves.values():
+            target = move.route.target
+            held[target] = held.get(target, 0) + len(move.target_slots)
+        return held
+
+
+def failure_is_damage(errors: list[KvTierError]) -> bool:
+    """Whether a failed move proves its source damaged (rather than a device or room missing)."""
+    return any(error.reason == "BLOCK_CORRUPT" for error in errors)

@@ -1,0 +1,251 @@
+r"""TierSlots: segments and slots of one tier; who owns which.
+
+A segment's life:
+
+    FREE --acquire() by (tenant, slot size)--> OWNED --last slot released--> FREE
+      \-- of a tier that clients map: only the same tenant may own it again until recycled()
+
+A slot number is `segment << SLOT_BITS | index`. Every slot in use names the run that holds it
+(`owner`), so that a segment can be emptied for a starved tenant or slot size.
+
+Invariants, checked by check(): a slot is free or used, never both, never twice; a segment without
+used slots has no owner.
+
+Does not: know blocks, bytes or time; not thread-safe, every caller runs on the event loop.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan
+from kvtier.errors import InvariantViolated, TierFull
+
+_INDEX_MASK = SLOTS_PER_SEGMENT_MAX - 1
+SlotClass = tuple[str, int]  # tenant, slot size in bytes
+
+
+class Segment:
+    """One segment: its owner class, free slots (a stack) and the run that holds each slot."""
+
+    __slots__ = ("free", "home", "index", "owner_runs", "slot_class", "slot_count", "used")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.slot_class: SlotClass | None = None
+        self.home: str | None = None  # tenant whose clients may still map it
+        self.slot_count = 0
+        self.used = 0
+        self.free = array("I")
+        self.owner_runs = array("Q")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCounts:
+    """A snapshot. `wasted_bytes`: owned but not in use (free slots and cut-off ends)."""
+
+    used_slots: int
+    used_bytes: int
+    wasted_bytes: int
+    segments_used: int
+
+
+class TierSlots:
+    """Hands out slots of one tier.
+
+    `homes`: segments are mapped by a tenant's clients (dram, cxl), so one that another tenant
+    used must be recycled first.
+    """
+
+    def __init__(self, plan: SegmentPlan, *, homes: bool) -> None:
+        self.plan = plan
+        self.homes = homes
+        self.segments = [Segment(index) for index in range(plan.count)]
+        self.used_bytes = 0
+        self.used_bytes_by_tenant: dict[str, int] = {}
+        self._free_segments = list(range(plan.count - 1, -1, -1))
+        # Segments of a class with at least one free slot; a dict keeps their order.
+        self._open: dict[SlotClass, dict[int, None]] = {}
+        self._open_slots: dict[SlotClass, int] = {}
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.plan.count * self.plan.size_bytes
+
+    def slots_per_segment(self, slot_bytes: int) -> int:
+        return min(self.plan.size_bytes // slot_bytes, SLOTS_PER_SEGMENT_MAX)
+
+    def available(self, tenant: str, slot_bytes: int) -> int:
+        """Slots that acquire() would grant now."""
+        count = self._open_slots.get((tenant, slot_bytes), 0)
+        free = sum(1 for s in self._free_segments if self._may_own(s, tenant))
+        return count + free * self.slots_per_segment(slot_bytes)
+
+    def _may_own(self, index: int, tenant: str) -> bool:
+        home = self.segments[index].home
+        return home is None or home == tenant
+
+    def acquire(self, tenant: str, slot_bytes: int, count: int) -> array[int]:
+        """`count` slot numbers, fullest segments first.
+
+        Raises:
+            TierFull: fewer are available. Nothing was acquired.
+        """
+        if count > (available := self.available(tenant, slot_bytes)):
+            raise TierFull(
+                f"{count} slots of {slot_bytes} bytes wanted in {self.plan.tier.label}, "
+                f"{available} available"
+            )
+        slot_class = (tenant, slot_bytes)
+        taken = array("I")
+        while len(taken) < count:
+            opened = self._open.get(slot_class)
+            index = next(iter(opened)) if opened else self._own(slot_class)
+            segment = self.segments[index]
+            part = min(count - len(taken), len(segment.free))
+            taken.extend(segment.free[-part:])
+            del segment.free[-part:]
+            segment.used += part
+            if not segment.free:
+                del self._open[slot_class][index]
+        self._open_slots[slot_class] -= count
+        self._count(tenant, count * slot_bytes)
+        return taken
+
+    def _own(self, slot_class: SlotClass) -> int:
+        tenant, slot_bytes = slot_class
+        # Prefer a segment this tenant's clients map already: nothing to hand over again.
+        choice = next((s for s in reversed(self._free_segments) if self.segments[s].home == tenant), None)
+        if choice is None:
+            choice = next(s for s in reversed(self._free_segments) if self.segments[s].home is None)
+        self._free_segments.remove(choice)
+        self._open_as(choice, slot_class)
+        return choice
+
+    def _open_as(self, index: int, slot_class: SlotClass) -> None:
+        segment = self.segments[index]
+        tenant, slot_bytes = slot_class
+        segment.slot_class = slot_class
+        segment.home = tenant if self.homes else None
+        segment.slot_count = self.slots_per_segment(slot_bytes)
+        first = index << SLOT_BITS
+        segment.free = array("I", range(first + segment.slot_count - 1, first - 1, -1))
+        segment.owner_runs = array("Q", bytes(8 * segment.slot_count))
+        self._open.setdefault(slot_class, {})[index] = None
+        self._open_slots[slot_class] = self._open_slots.get(slot_class, 0) + segment.slot_count
+
+    def _count(self, tenant: str, size_bytes: int) -> None:
+        self.used_bytes += size_bytes
+        by_tenant = self.used_bytes_by_tenant
+        by_tenant[tenant] = by_tenant.get(tenant, 0) + size_bytes
+
+    def claim(self, slot: int, slot_class: SlotClass) -> bool:
+        """Takes one particular slot, found again at start. False: it cannot be so (two claims
+        on one slot, a segment of another class, out of range); nothing was changed."""
+        index = slot >> SLOT_BITS
+        if index >= len(self.segments) or slot_class[1] > self.plan.size_bytes:
+            return False
+        segment = self.segments[index]
+        if segment.slot_class is None:
+            self._free_segments.remove(index)
+            self._open_as(index, slot_class)
+        if segment.slot_class != slot_class or slot & _INDEX_MASK >= segment.slot_count:
+            return False
+        # Recovery claims in the order the stack hands out as a rule; else it is searched.
+        if segment.free and segment.free[-1] == slot:
+            segment.free.pop()
+        else:
+            try:
+                segment.free.remove(slot)
+            except ValueError:
+                return False
+        segment.used += 1
+        self._open_slots[slot_class] -= 1
+        if not segment.free:
+            del self._open[slot_class][index]
+        self._count(slot_class[0], slot_class[1])
+        return True
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Slots are free again. Raises InvariantViolated for one that was not in use."""
+        for slot in slots:
+            segment = self.segments[slot >> SLOT_BITS]
+            slot_class = segment.slot_class
+            if slot_class is None or segment.used == 0:
+                raise InvariantViolated(f"slot {slot:#x} released but its segment is free")
+            if not segment.free:
+                self._open.setdefault(slot_class, {})[segment.index] = None
+            segment.free.append(slot)
+            segment.owner_runs[slot & _INDEX_MASK] = 0
+            segment.used -= 1
+            self._open_slots[slot_class] += 1
+            self._count(slot_class[0], -slot_class[1])
+            if segment.used == 0:
+                self._disown(segment, slot_class)
+
+    def _disown(self, segment: Segment, slot_class: SlotClass) -> None:
+        if len(segment.free) != segment.slot_count:
+            raise InvariantViolated(f"segment {segment.index} lost or doubled a slot")
+        del self._open[slot_class][segment.index]
+        self._open_slots[slot_class] -= segment.slot_count
+        segment.slot_class = None
+        segment.slot_count = 0
+        segment.free = array("I")
+        segment.owner_runs = array("Q")
+        self._free_segments.append(segment.index)
+
+    def set_owner(self, slots: Iterable[int], run_id: int) -> None:
+        """These slots are held by that run now."""
+        segments = self.segments
+        for slot in slots:
+            segments[slot >> SLOT_BITS].owner_runs[slot & _INDEX_MASK] = run_id
+
+    def owners(self, segment_index: int) -> Iterator[int]:
+        """Runs that hold a slot of the segment (0 = a slot that no block has yet is left out)."""
+        return iter({run_id for run_id in self.segments[segment_index].owner_runs if run_id})
+
+    def foreign_free(self, tenant: str) -> int | None:
+        """A free segment that another tenant's clients may still map, or None."""
+        return next((s for s in self._free_segments if not self._may_own(s, tenant)), None)
+
+    def recycled(self, segment_index: int) -> None:
+        """No client maps the free segment any longer: any tenant may own it."""
+        segment = self.segments[segment_index]
+        assert segment.slot_class is None, "a segment in use cannot be recycled"
+        segment.home = None
+
+    def counts(self) -> SlotCounts:
+        used = sum(s.used for s in self.segments)
+        owned = sum(1 for s in self.segments if s.slot_class is not None)
+        wasted = owned * self.plan.size_bytes - self.used_bytes
+        return SlotCounts(used, self.used_bytes, wasted, owned)
+
+    def check(self) -> None:
+        """Raises InvariantViolated if the books disagree. O(slots): tests, idle time, doctor."""
+        used_bytes = 0
+        open_slots: dict[SlotClass, int] = {}
+        for segment in self.segments:
+            if segment.slot_class is None:
+                if segment.used or len(segment.free):
+                    raise InvariantViolated(f"free segment {segment.index} has slots")
+                continue
+            if len(segment.free) + segment.used != segment.slot_count:
+                raise InvariantViolated(f"segment {segment.index}: free + used != slots")
+            if len(set(segment.free)) != len(segment.free):
+                raise InvariantViolated(f"segment {segment.index}: a slot is free twice")
+            used_bytes += segment.used * segment.slot_class[1]
+            open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + len(segment.free)
+        if used_bytes != self.used_bytes:
+            raise InvariantViolated(f"{used_bytes} bytes used, {self.used_bytes} in the books")
+        for slot_class, count in self._open_slots.items():
+            if open_slots.get(slot_class, 0) != count:
+                raise InvariantViolated(f"{slot_class}: {count} open slots in the books")
+
+    def __repr__(self) -> str:
+        counts = self.counts()
+        return (
+            f"<TierSlots {self.plan.tier.label}: {counts.used_slots} slots used, "
+            f"{counts.segments_used} of {self.plan.count} segments>"
+        )

@@ -1,0 +1,281 @@
+"""What can be configured: the frozen sections, their keys with defaults, and what contradicts.
+
+A `Config` that exists is consistent: its construction raises when two keys disagree. Does not:
+read files or environments (config).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvtier import machine
+from kvtier.errors import ConfigError
+from kvtier.settings import about, key
+from kvtier.units import GIB, HUGE_PAGE_BYTES, MIB, PAGE_BYTES, align_up
+
+SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path holds 108, with its closing zero
+SESSION_SUFFIX = ".session"
+_UID_MAX = 2**32 - 2
+_MODES = ("auto", "off", "require")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Sockets, who may connect, threads, and limits of a call. Omitted sockets: in runtime_dir."""
+
+    runtime_dir: Path = field(metadata=about("Where sockets live.", shown="/run/kvtier"))
+    socket: Path = field(
+        default_factory=Path,
+        metadata=about("gRPC; sessions: + .session.", shown="/run/kvtier/kvtier.sock"),
+    )
+    admin_socket: Path = field(
+        default_factory=Path, metadata=about("For operators.", shown="/run/kvtier/admin.sock")
+    )
+    trust: str = key(
+        "isolated", "single-tenant: no copy on commit.", choices=("isolated", "single-tenant")
+    )
+    allowed_uids: tuple[int, ...] = key(
+        lambda: (os.getuid(),), "Users, where no [[tenants]] are given.", high=_UID_MAX, shown=[0]
+    )
+    admin_uids: tuple[int, ...] = key(
+        lambda: tuple(sorted({0, os.getuid()})), "Administrators.", high=_UID_MAX, shown=[0]
+    )
+    grace_s: float = key(20.0, "How long calls may take to end after SIGTERM.", live=True)
+    lookup_deadline_s: float = key(0.05, "A lookup answers by then.", live=True, low=0.0001)
+    rpc_message_bytes_max: int = key(4 * MIB, "Largest message.", low=65536, high=2**31 - 1)
+    keys_per_call_max: int = key(65536, "Most keys in one call.", high=65536)
+    rpc_concurrency_max: int = key(1024, "Most calls at once; more are refused.")
+    sessions_max: int = key(256, "Most attached client processes.")
+    watch_events_max: int = key(65536, "Events that a Watch can resume from.")
+    copy_threads: int = key(
+        lambda: min(2, machine.cpu_count()), "Copy and checksum.", low=1, high=256, shown=2
+    )
+    io_threads: int = key(4, "Read and write the SSD tier.", low=1, high=256)
+    bypass: bool = key(False, "Every lookup misses and nothing is stored.", live=True)
+    log_level: str = key(
+        "info",
+        "Least severe line logged.",
+        live=True,
+        choices=("debug", "info", "warning", "error"),
+    )
+
+    def __post_init__(self) -> None:
+        for name, file_name in (("socket", "kvtier.sock"), ("admin_socket", "admin.sock")):
+            if getattr(self, name) == Path():
+                object.__setattr__(self, name, self.runtime_dir / file_name)
+
+
+@dataclass(frozen=True, slots=True)
+class StateConfig:
+    """What survives a restart."""
+
+    dir: Path = field(metadata=about("Lock, slabs and catalogue.", shown="/var/lib/kvtier"))
+
+
+@dataclass(frozen=True, slots=True)
+class DramConfig:
+    """Host memory. `segment_bytes` is never 0 once constructed."""
+
+    size_bytes: int = field(metadata=about("0: a quarter of the memory limit.", shown=0))
+    segment_bytes: int = key(0, "One arena. 0: 1/64 of the tier, 2 MiB to 1 GiB.")
+    high_water: float = key(0.90, "Used share that starts demotion.", live=True, high=1)
+    low_water: float = key(0.80, "Used share that ends it.", live=True, high=1)
+    huge_pages: str = key("auto", "Huge pages for arenas.", choices=_MODES)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segment_bytes", _segment_bytes(self, HUGE_PAGE_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class SsdConfig:
+    """Slab files and catalogue in the state directory. `segment_bytes` as in DramConfig."""
+
+    size_bytes: int = field(
+        metadata=about("0: half of the free space - min_free_bytes, at most 64 GiB.", shown=0)
+    )
+    enabled: bool = key(True, "Whether there is an SSD tier.")
+    segment_bytes: int = key(0, "One segment. 0: 1/64 of the tier, 16 MiB to 1 GiB.")
+    min_free_bytes: int = key(GIB, "Space of the file system that stays unused.")
+    high_water: float = key(0.95, "Used share that starts eviction.", live=True, high=1)
+    low_water: float = key(0.90, "Used share that ends it.", live=True, high=1)
+    direct_io: str = key("auto", "O_DIRECT for slabs.", choices=_MODES)
+    sync_interval_ms: int = key(50, "Written bytes are synced by then.", low=1)
+    sync_bytes_max: int = key(256 * MIB, "Written bytes that are synced at once.")
+    queue_depth_max: int = key(64, "Reads and writes in flight.", high=4096)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segment_bytes", _segment_bytes(self, 16 * MIB))
+
+
+@dataclass(frozen=True, slots=True)
+class TiersConfig:
+    """The tiers, fast to slow."""
+
+    dram: DramConfig
+    ssd: SsdConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """What may be held, per session or in all. A new value binds what comes after it."""
+
+    write_arena_bytes: int = key(256 * MIB, "Each session's.", live=True, low=PAGE_BYTES)
+    leases_per_session_max: int = key(4096, "Leases of a session.", live=True)
+    reservations_per_session_max: int = key(1024, "Reservations of a session.", live=True)
+    lease_ttl_s: float = key(300.0, "A lease not renewed ends.", live=True, low=0.001)
+    reservation_ttl_s: float = key(60.0, "A reservation ends.", live=True, low=0.001)
+    request_ids_max: int = key(4096, "Answers kept for repeated requests.", live=True)
+    namespaces_max: int = key(4096, "Namespaces of all tenants.", live=True)
+    moves_in_flight_max: int = key(1024, "Planned moves between tiers.", live=True)
+    placeholders_max: int = key(100_000, "Places kept for lost ancestors.", live=True)
+    block_bytes_max: int = key(256 * MIB, "Largest shard of a block.", live=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantConfig:
+    """Who shares nothing with others. Known by its uids, its own socket, or both."""
+
+    name: str = field(metadata=about("Up to 64 of a-z A-Z 0-9 . _ -", shown="team-a"))
+    uids: tuple[int, ...] = key((), "Users; none: all of its own socket.", high=_UID_MAX)
+    socket: Path | None = field(
+        default=None, metadata=about("Its own.", shown="/run/kvtier-a/kvtier.sock")
+    )
+    admin: bool = key(False, "Whether it may see and change other tenants.")
+    dram_guaranteed_bytes: int = key(0, "DRAM that others cannot evict it from.")
+    ssd_guaranteed_bytes: int = key(0, "SSD space that others cannot evict it from.")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """What is evicted first."""
+
+    name: str = key("lru", "The eviction policy.", choices=("lru",))
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """The Prometheus endpoint."""
+
+    port: int | None = key(None, "TCP port; none: off.", high=65535, shown=9470)
+    host: str = key("127.0.0.1", "Address it listens on.")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All of it. Without tenants: one, `default`, of allowed_uids. ConfigError: keys disagree."""
+
+    server: ServerConfig
+    state: StateConfig
+    tiers: TiersConfig
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tenants: tuple[TenantConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.tenants:
+            tenants = (TenantConfig("default", uids=self.server.allowed_uids),)
+            object.__setattr__(self, "tenants", tenants)
+        _check(self)
+
+
+SECTIONS: dict[str, Any] = {
+    "server": ServerConfig, "state": StateConfig, "tiers.dram": DramConfig, "tiers.ssd": SsdConfig,
+    "limits": LimitsConfig, "policy": PolicyConfig, "metrics": MetricsConfig,
+}  # fmt: skip
+
+
+def session_socket(socket: Path) -> Path:
+    """Where sessions attach (handshake, descriptors), beside the gRPC socket `socket`."""
+    return Path(f"{socket}{SESSION_SUFFIX}")
+
+
+def _segment_bytes(tier: DramConfig | SsdConfig, least: int) -> int:
+    automatic = min(max(align_up(tier.size_bytes // 64, HUGE_PAGE_BYTES), least), GIB)
+    return tier.segment_bytes or min(automatic, tier.size_bytes)
+
+
+def _check(config: Config) -> None:
+    """Raises ConfigError for the first two keys that disagree."""
+    _check_sockets(config)
+    _check_tenants(config)
+    for name, tier in (("tiers.dram", config.tiers.dram), ("tiers.ssd", config.tiers.ssd)):
+        enabled = tier is config.tiers.dram or config.tiers.ssd.enabled
+        size_bytes = tier.size_bytes if enabled else 0
+        if tier.high_water <= tier.low_water:
+            raise ConfigError(
+                f"{name}.high_water = {tier.high_water}: must be above low_water = {tier.low_water}"
+            )
+        if enabled and size_bytes < PAGE_BYTES:
+            raise ConfigError(f"{name}.size_bytes = {size_bytes}: must be at least {PAGE_BYTES}")
+        if enabled and tier.segment_bytes > size_bytes:
+            raise ConfigError(
+                f"{name}.segment_bytes = {tier.segment_bytes}: must be at most "
+                f"{name}.size_bytes = {size_bytes}"
+            )
+        huge = isinstance(tier, DramConfig) and tier.huge_pages == "require"
+        page_bytes = HUGE_PAGE_BYTES if huge else PAGE_BYTES
+        if enabled and tier.segment_bytes % page_bytes:
+            raise ConfigError(
+                f"{name}.segment_bytes = {tier.segment_bytes}: must be a multiple of {page_bytes}"
+            )
+        guarantee = f"{name.removeprefix('tiers.')}_guaranteed_bytes"
+        promised = sum(getattr(tenant, guarantee) for tenant in config.tenants)
+        if promised > size_bytes:
+            raise ConfigError(
+                f"tenants.{guarantee}: all together {promised}, but {name} has {size_bytes}"
+            )
+    limits = config.limits
+    if limits.write_arena_bytes < limits.block_bytes_max:
+        raise ConfigError(
+            f"limits.write_arena_bytes = {limits.write_arena_bytes}: must hold one block of "
+            f"limits.block_bytes_max = {limits.block_bytes_max}"
+        )
+
+
+def _check_sockets(config: Config) -> None:
+    sockets = [("server.socket", config.server.socket)]
+    sockets += [("server.admin_socket", config.server.admin_socket)]
+    sockets += [(f"socket of tenant {t.name}", t.socket) for t in config.tenants if t.socket]
+    taken: dict[Path, str] = {}
+    for name, socket in sockets:
+        length = len(os.fsencode(session_socket(socket)))
+        if not socket.is_absolute() or not socket.name:
+            raise ConfigError(f"{name} = {str(socket)!r}: must be an absolute path")
+        if length > SOCKET_PATH_BYTES_MAX:
+            raise ConfigError(
+                f"{name} = {str(socket)!r}: {length} bytes long with {SESSION_SUFFIX}, at most "
+                f"{SOCKET_PATH_BYTES_MAX} are possible; set a shorter path or server.runtime_dir"
+            )
+        for path in (socket, session_socket(socket)):
+            if path in taken:
+                raise ConfigError(f"{name} = {str(socket)!r}: {taken[path]} uses {path} already")
+            taken[path] = name
+
+
+def _check_tenants(config: Config) -> None:
+    tenants = config.tenants
+    if config.server.trust == "single-tenant" and len(tenants) > 1:
+        raise ConfigError(f"server.trust = 'single-tenant': there are {len(tenants)} tenants")
+    names: set[str] = set()
+    owner: dict[int, str] = {}
+    for tenant in tenants:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", tenant.name):
+            raise ConfigError(
+                f"tenants.name = {tenant.name!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
+            )
+        if tenant.name in names:
+            raise ConfigError(f"tenants.name = {tenant.name!r}: used twice")
+        names.add(tenant.name)
+        if tenant.socket is None and not tenant.uids:
+            raise ConfigError(f"tenant {tenant.name}: has neither uids nor a socket of its own")
+        for uid in tenant.uids if tenant.socket is None else ():
+            if owner.setdefault(uid, tenant.name) != tenant.name:
+                raise ConfigError(
+                    f"tenants.uids: {uid} is in {owner[uid]} and in {tenant.name}; "
+                    "give one of them a socket of its own"
+                )

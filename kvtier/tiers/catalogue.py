@@ -1,0 +1,310 @@
+r"""Catalogue: which slot of the SSD tier holds what, in LMDB.
+
+A record's key is its slot number (u32, native order: LMDB integerkey), so a slot can never be
+claimed twice and neighbours share pages; its value is `_RECORD`, then key, then parent. The first
+field is XXH3-64 of all that follows, which repeats the slot number: LMDB itself returned 132 of
+150 flipped bits as good content (reliability.md 1.1).
+
+    open() --> [not clean: lmdb.verify] --> sound: records()
+                                       \--> damaged: set aside under a dated name, rebuild
+
+`metasync=False` may undo the newest transaction in a power cut, never break one; `sync` ends that.
+Never `sync=False` or `writemap` (SIGBUS, torn trees).
+
+Does not: touch slabs, or know what is durable in them: callers write those first.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import lmdb
+import lmdb.verify
+import xxhash
+
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
+from kvtier.errors import TierFailed
+from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.state import sync_directory, write_durably
+from kvtier.units import GIB, KIB, MIB
+
+# checksum, slot, slot_bytes, size, payload checksum, generation, epoch, position, parent length,
+# codec, fidelity, namespace, shard, key length; namespace to key is one stretch: the identity.
+_RECORD: Final = struct.Struct("=QIIQQQQIBBB16sHB")
+_IDENTITY: Final = _RECORD.size - 19
+_CODECS: Final = {int(codec): codec for codec in Codec}
+_FIDELITIES: Final = {int(fidelity): fidelity for fidelity in Fidelity}
+_MAP_BYTES_MIN: Final = 64 * MIB
+_MAP_BYTES_MAX: Final = 256 * GIB  # address space, not memory
+_BLOCK_BYTES_GUESS: Final = 64 * KIB  # a guess of the smallest common slot; the map grows if wrong
+_RECORD_BYTES_GUESS: Final = 512
+
+logger = logging.getLogger(__name__)
+_checksum: Callable[[bytes], int] = xxhash.xxh3_64_intdigest
+
+
+def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, bytes]:
+    """Key and value of a record."""
+    packed = _RECORD.pack(
+        0, slot, slot_bytes, label.size_bytes, label.checksum, label.generation, label.epoch,
+        label.position, len(label.parent), label.codec, label.fidelity, label.namespace,
+        label.shard, len(label.key),
+    )  # fmt: skip
+    body = packed[8:] + label.key + label.parent
+    return body[:4], _checksum(body).to_bytes(8, "little") + body
+
+
+def _identity(label: SlotLabel) -> bytes:
+    return label.namespace + struct.pack("=HB", label.shard, len(label.key)) + label.key
+
+
+class Catalogue:
+    """The records. Any thread: one transaction at a time, under a lock. Raises TierFailed."""
+
+    def __init__(self, directory: Path, capacity_bytes: int) -> None:
+        self._path = directory / "catalogue"
+        self._clean = directory / "clean"
+        wanted = capacity_bytes // _BLOCK_BYTES_GUESS * _RECORD_BYTES_GUESS
+        self._map_bytes = min(max(wanted, _MAP_BYTES_MIN), _MAP_BYTES_MAX)
+        self._lock = threading.Lock()
+        self._env: lmdb.Environment | None = None
+        self.damaged_count = 0
+
+    def open(self) -> bool:
+        """Opens it; False when it is new (or was set aside) and slabs must be scanned."""
+        fresh = not (self._path / "data.mdb").exists()
+        if not fresh:
+            problem = None if self._clean.exists() else self._problem()
+            problem = problem or self._try_open()
+            if problem is not None:
+                self._set_aside(problem)
+                fresh = True
+        if fresh:
+            self._forget_clean()
+            problem = self._try_open()
+            if problem is not None:
+                raise TierFailed(f"{self._path}: {problem}")
+        else:
+            self._forget_clean()
+        return not fresh
+
+    def _problem(self) -> str | None:
+        """Why the file cannot be trusted after an unclean end; read without mapping it."""
+        try:
+            problems = lmdb.verify.verify(str(self._path))  # type: ignore[no-untyped-call]
+        except (lmdb.verify.VerifyError, OSError, ValueError, struct.error) as error:
+            return str(error)
+        return str(problems[0]) if problems else None
+
+    def _try_open(self) -> str | None:
+        try:
+            self._path.mkdir(mode=0o700, exist_ok=True)
+            size = self._path / "data.mdb"
+            if size.exists():
+                self._map_bytes = max(self._map_bytes, size.stat().st_size * 2)
+            env = lmdb.open(
+                str(self._path), map_size=self._map_bytes, mode=0o600, metasync=False, max_dbs=1,
+                readahead=False,
+            )  # fmt: skip
+            self._db = env.open_db(b"slots", integerkey=True)
+            env.reader_check()
+        except (lmdb.Error, OSError) as error:
+            return str(error)
+        self._env = env
+        return None
+
+    def _set_aside(self, problem: str) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        target = self._path.with_name(f"catalogue.damaged-{stamp}")
+        for number in range(1, 1000):
+            if not target.exists():
+                break
+            target = self._path.with_name(f"catalogue.damaged-{stamp}-{number}")
+        logger.error(
+            "%s is damaged (%s): set aside as %s, rebuilding from slabs",
+            self._path, problem, target.name,
+        )  # fmt: skip
+        try:
+            self._path.rename(target)
+        except OSError as error:
+            raise TierFailed(f"{self._path}: {error.strerror}") from error
+
+    def _forget_clean(self) -> None:
+        """From here until `close` an end of the process is an unclean one."""
+        try:
+            self._clean.unlink(missing_ok=True)
+            sync_directory(self._clean.parent)
+        except OSError as error:
+            raise TierFailed(f"{self._clean}: {error.strerror}") from error
+
+    def _transact(self, work: Callable[[lmdb.Transaction[bytes]], None]) -> None:
+        """`work` in one committed transaction, with a larger map if it needs one."""
+        with self._lock:
+            if self._env is None:
+                raise TierFailed(f"{self._path} is not open")
+            while True:
+                try:
+                    with self._env.begin(write=True, db=self._db) as transaction:
+                        work(transaction)
+                    return
+                except lmdb.MapFullError as error:
+                    if self._map_bytes >= _MAP_BYTES_MAX:
+                        raise TierFailed(f"{self._path}: {error}") from error
+                    self._map_bytes *= 2
+                    self._env.set_mapsize(self._map_bytes)
+                except lmdb.Error as error:
+                    raise TierFailed(f"{self._path}: {error}") from error
+
+    def put(self, records: Iterable[tuple[bytes, bytes]]) -> None:
+        """Stores packed records, all or none; those of the same slots are replaced."""
+        items = list(records)
+
+        def work(transaction: lmdb.Transaction[bytes]) -> None:
+            for key, value in items:
+                transaction.put(key, value)
+
+        self._transact(work)
+
+    def matching(self, records: Iterable[SlotRecord]) -> list[SlotRecord]:
+        """Those whose slot still holds (or nobody says it does not hold) that very block."""
+        found: list[SlotRecord] = []
+
+        def work(transaction: lmdb.Transaction[bytes]) -> None:
+            found.clear()
+            for record in records:
+                value = transaction.get(record.slot.to_bytes(4, "little"))
+                if value is None or _names(value, record.label):
+                    found.append(record)
+
+        self._transact(work)
+        return found
+
+    def delete(self, slots: Iterable[int]) -> None:
+        """No record of these slots, in one transaction."""
+        keys = [slot.to_bytes(4, "little") for slot in slots]
+
+        def work(transaction: lmdb.Transaction[bytes]) -> None:
+            for key in keys:
+                transaction.delete(key)
+
+        self._transact(work)
+
+    def delete_segment(self, segment: int) -> None:
+        """No record of any slot of this segment, in one transaction."""
+        first, end = segment << SLOT_BITS, (segment + 1) << SLOT_BITS
+
+        def work(transaction: lmdb.Transaction[bytes]) -> None:
+            with transaction.cursor() as cursor:
+                found = cursor.set_range(first.to_bytes(4, "little"))
+                while found and int.from_bytes(cursor.key(), "little") < end:
+                    found = cursor.delete()
+
+        self._transact(work)
+
+    def records(
+        self, epochs: Mapping[bytes, int], cuts: Sequence[tuple[int, int]], segment_bytes: int
+    ) -> tuple[list[SlotRecord], list[int]]:
+        """Every sound record, the newest of each identity; and the slots of all the others.
+
+        `cuts[segment]` is the slab's (slot_bytes, cut generation). One core: about 2 us a record.
+        `damaged_count` grows by the records whose checksum is wrong.
+        """
+        good: list[SlotRecord] = []
+        bad: list[int] = []
+        newest: dict[bytes, int] = {}  # identity -> index in `good`
+        unpack, start, checksum_at = _RECORD.unpack_from, _RECORD.size, _checksum
+        codecs, fidelities, segments = _CODECS, _FIDELITIES, len(cuts)
+        mask = SLOTS_PER_SEGMENT_MAX - 1
+
+        def work(transaction: lmdb.Transaction[bytes]) -> None:
+            for key, value in transaction.cursor():
+                body = value[8:]
+                if len(value) < start or body[:4] != key:
+                    self.damaged_count += 1
+                    bad.append(int.from_bytes(key, "little"))
+                    continue
+                (
+                    checksum, slot, slot_bytes, size_bytes, payload_checksum, generation, epoch,
+                    position, parent_length, codec, fidelity, namespace, shard, key_length,
+                ) = unpack(value)  # fmt: skip
+                if checksum_at(body) != checksum:
+                    self.damaged_count += 1
+                    bad.append(int.from_bytes(key, "little"))
+                    continue
+                segment, end = slot >> SLOT_BITS, start + key_length
+                cut = cuts[segment] if segment < segments else (0, 0)
+                if (
+                    epochs.get(namespace) != epoch
+                    or cut[0] != slot_bytes
+                    or cut[1] > generation
+                    or (slot & mask) * slot_bytes + slot_bytes > segment_bytes
+                    or codec not in codecs
+                    or fidelity not in fidelities
+                ):
+                    bad.append(slot)
+                    continue
+                label = SlotLabel(
+                    namespace, epoch, value[start:end], value[end : end + parent_length], position,
+                    shard, size_bytes, payload_checksum, codecs[codec], fidelities[fidelity],
+                    generation,
+                )  # fmt: skip
+                record = SlotRecord(slot, slot_bytes, label)
+                index = newest.setdefault(value[_IDENTITY:end], len(good))
+                if index == len(good):
+                    good.append(record)
+                elif generation > good[index].label.generation:
+                    bad.append(good[index].slot)
+                    good[index] = record
+                else:
+                    bad.append(slot)
+
+        self._transact(work)
+        return good, bad
+
+    def sync(self) -> None:
+        """All transactions so far survive a power cut."""
+        with self._lock:
+            if self._env is None:
+                return
+            try:
+                self._env.sync(True)
+            except lmdb.Error as error:
+                raise TierFailed(f"{self._path}: {error}") from error
+
+    def entry_count(self) -> int:
+        with self._lock:
+            if self._env is None:
+                return 0
+            with self._env.begin(db=self._db) as transaction:
+                return int(transaction.stat(self._db)["entries"])
+
+    def close(self) -> None:
+        """Syncs, closes and, when all that went well, leaves the clean marker. Idempotent."""
+        if self._env is None:
+            return
+        self.sync()
+        with self._lock:
+            self._env.close()
+            self._env = None
+        try:
+            write_durably(self._clean, b"")
+        except OSError as error:
+            raise TierFailed(f"{self._clean}: {error.strerror}") from error
+
+
+def _names(value: bytes, label: SlotLabel) -> bool:
+    """Whether a stored record is of this block, and of this writing of it if that is known."""
+    if len(value) < _RECORD.size:
+        return True
+    fields = _RECORD.unpack_from(value)
+    end = _RECORD.size + fields[-1]
+    return value[_IDENTITY:end] == _identity(label) and label.generation in (0, fields[5])

@@ -1,0 +1,256 @@
+r"""Slab: one preallocated file of slots on disk, and what it says of itself.
+
+    [0, 4096)            slab header
+    [4096, 32768)        namespaces, copy A \ written in turn, so that a torn write
+    [32768, 61440)       namespaces, copy B / leaves the other one
+    [65536, + segment)   slots: header page, then payload rounded up to 4096 (slots.py)
+
+Slab header, little endian: 0 magic `KVTSLAB\0`, 8 version u32, 12 slab index u32, 16 slot_bytes
+u64, 24 cut generation u64 (slots of older generations are dead), 32 XXH3-64 of bytes [0, 32).
+
+Namespaces: 0 magic `KVTNAMES`, 8 revision u64, 16 length u32, 20 zero u32, 24 XXH3-64 of [8, 24)
+and what follows, 32 zlib of, for each: digest 16 bytes, epoch u64, length u32, descriptor.
+
+Does not: know the catalogue, or which slots hold a block that still counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from kvtier import machine, native
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX
+from kvtier.errors import BlockCorrupt, TierFailed
+from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
+from kvtier.tiers.state import Names, sync_directory
+from kvtier.units import KIB, PAGE_BYTES, format_bytes
+
+SLAB_RESERVED_BYTES: Final = 64 * KIB
+
+_SLAB_MAGIC: Final = b"KVTSLAB\0"
+_NAMES_MAGIC: Final = b"KVTNAMES"
+_VERSION: Final = 1
+_SLAB: Final = struct.Struct("<8sIIQQ")
+_NAMES: Final = struct.Struct("<8sQII")
+_NAME: Final = struct.Struct("<16sQI")
+_SUM: Final = struct.Struct("<Q")
+_NAMES_BYTES: Final = 28 * KIB
+_NAMES_OFFSETS: Final = (4 * KIB, 32 * KIB)
+_NAMES_START: Final = _NAMES.size + _SUM.size
+_NAMES_RAW_BYTES_MAX: Final = 16 * 1024 * KIB  # of one slab, unpacked
+_SCAN_SLOTS: Final = 256
+_MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
+
+
+class Slab:
+    """One slab file. `prepare` and `list_names` one at a time (they lock), the rest any thread.
+
+    `slot_bytes` is 0 until it was cut; `names` is what the file lists, `fd` -1 until opened.
+    """
+
+    def __init__(self, path: Path, index: int, segment_bytes: int, *, direct: bool) -> None:
+        self.path = path
+        self.index = index
+        self.size_bytes = SLAB_RESERVED_BYTES + segment_bytes
+        self.fd = -1
+        self.slot_bytes = 0
+        self.cut_generation = 0
+        self.names: Names = {}
+        self.sync_failures = 0
+        self.lock = threading.Lock()
+        self._flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if direct else 0)
+        self._revision = 0
+        self._sync_lock = threading.Lock()
+
+    def offset(self, slot: int) -> int:
+        """Where this slot's header starts in the file."""
+        return SLAB_RESERVED_BYTES + (slot & _MASK) * self.slot_bytes
+
+    def open_existing(self) -> bool:
+        """Opens the file and reads its header and namespaces; False when there is no file.
+
+        Raises TierFailed. A slab with an unreadable header counts as not cut.
+        """
+        try:
+            self.fd = os.open(self.path, self._flags)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self.failed(error) from error
+        with native.AlignedBuffer(SLAB_RESERVED_BYTES) as head:
+            try:
+                if os.preadv(self.fd, [head.view], 0) == SLAB_RESERVED_BYTES:
+                    self._read_head(bytes(head.view))
+            except OSError as error:
+                self.close()
+                raise self.failed(error) from error
+        return True
+
+    def _read_head(self, head: bytes) -> None:
+        magic, version, index, slot_bytes, generation = _SLAB.unpack_from(head)
+        (checksum,) = _SUM.unpack_from(head, _SLAB.size)
+        sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
+        if (magic, version, index, sound) == (_SLAB_MAGIC, _VERSION, self.index, True):
+            self.slot_bytes, self.cut_generation = slot_bytes, generation
+        for offset in _NAMES_OFFSETS:
+            revision, names = _unpack_names(head[offset : offset + _NAMES_BYTES])
+            if revision > self._revision:
+                self._revision, self.names = revision, names
+
+    def create(self, *, min_free_bytes: int) -> None:
+        """Makes and preallocates the file, durably. Hold `lock`.
+
+        Raises:
+            TierFailed: no space (or less than `min_free_bytes` would stay). No file is left.
+        """
+        free = machine.file_system(self.path.parent).free_bytes
+        if free - self.size_bytes < min_free_bytes:
+            raise TierFailed(
+                f"{self.path.parent}: no space for a slab of {format_bytes(self.size_bytes)}: "
+                f"{format_bytes(free)} free, of which {format_bytes(min_free_bytes)} stay unused"
+            )
+        try:
+            fd = os.open(self.path, self._flags | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, self.size_bytes)
+                os.fsync(fd)
+                sync_directory(self.path.parent)
+            except OSError:
+                os.close(fd)
+                self.path.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise self.failed(error) from error
+        self.fd = fd
+
+    def resize(self) -> None:
+        """Brings an existing file to the planned size. Hold `lock`. Raises TierFailed."""
+        try:
+            size = os.fstat(self.fd).st_size
+            if size > self.size_bytes:
+                os.ftruncate(self.fd, self.size_bytes)
+            elif size < self.size_bytes:
+                os.posix_fallocate(self.fd, 0, self.size_bytes)
+        except OSError as error:
+            raise self.failed(error) from error
+
+    def cut(self, slot_bytes: int, generation: int) -> None:
+        """From now on slots have this size and those of older generations are dead.
+
+        Hold `lock`. Durable with the next `sync`. Raises TierFailed: nothing was changed for us.
+        """
+        head = _SLAB.pack(_SLAB_MAGIC, _VERSION, self.index, slot_bytes, generation)
+        self._write(0, head + _SUM.pack(native.checksum_bytes(head)), PAGE_BYTES)
+        self.slot_bytes, self.cut_generation = slot_bytes, generation
+
+    def list_names(self, names: Mapping[bytes, tuple[int, bytes]]) -> None:
+        """Lists exactly these namespaces in the file. Hold `lock`. Durable with the next `sync`.
+
+        Raises:
+            TierFailed: they do not fit, or the disk failed; the former list stays.
+        """
+        raw = b"".join(
+            _NAME.pack(digest, epoch, len(descriptor)) + descriptor
+            for digest, (epoch, descriptor) in names.items()
+        )
+        packed = zlib.compress(raw)
+        if len(packed) + _NAMES_START > _NAMES_BYTES or len(raw) > _NAMES_RAW_BYTES_MAX:
+            raise TierFailed(f"{self.path}: {len(names)} namespaces do not fit into one slab")
+        revision = self._revision + 1
+        head = _NAMES.pack(_NAMES_MAGIC, revision, len(packed), 0)
+        page = head + _SUM.pack(native.checksum_bytes(head[8:] + packed)) + packed
+        self._write(_NAMES_OFFSETS[revision % 2], page, _NAMES_BYTES)
+        self._revision, self.names = revision, dict(names)
+
+    def _write(self, offset: int, content: bytes, size_bytes: int) -> None:
+        with native.AlignedBuffer(size_bytes) as page:
+            page.view[: len(content)] = content
+            try:
+                if os.pwritev(self.fd, [page.view], offset) != size_bytes:
+                    raise TierFailed(f"{self.path}: short write")
+            except OSError as error:
+                raise self.failed(error) from error
+
+    def sync(self, failures_before: int) -> None:
+        """What was written since `sync_failures` was `failures_before` is durable.
+
+        Raises:
+            TierFailed: this sync or one meanwhile failed: the kernel tells only one of us, and
+                none of those writes may be believed, however a later sync ends.
+        """
+        with self._sync_lock:
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                self.sync_failures += 1
+                raise self.failed(error) from error
+            if self.sync_failures != failures_before:
+                raise TierFailed(f"{self.path}: a sync of these bytes failed")
+
+    def scan(self) -> Iterator[SlotRecord]:
+        """Every slot with a sound header of this cut, from the headers alone. Raises TierFailed."""
+        if self.slot_bytes < 2 * PAGE_BYTES:
+            return
+        count = (self.size_bytes - SLAB_RESERVED_BYTES) // self.slot_bytes
+        with native.AlignedBuffer(_SCAN_SLOTS * SLOT_HEADER_BYTES) as pages:
+            for first in range(0, count, _SCAN_SLOTS):
+                indexes = range(first, min(first + _SCAN_SLOTS, count))
+                n = len(indexes)
+                headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
+                offsets = [self.offset(index) for index in indexes]
+                zeros = [0] * n
+                _, errors = native.slots_read(
+                    [self.fd] * n, offsets, headers, headers, zeros, zeros
+                )
+                for i, index in enumerate(indexes):
+                    if errors[i]:
+                        continue  # unreadable here is unreadable later: not a block any more
+                    with contextlib.suppress(BlockCorrupt):
+                        record = unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)
+                        if self._is_here(record, index):
+                            yield record
+
+    def _is_here(self, record: SlotRecord, index: int) -> bool:
+        return (
+            record.slot == self.index << SLOT_BITS | index
+            and record.slot_bytes == self.slot_bytes
+            and record.label.generation >= self.cut_generation
+        )
+
+    def failed(self, error: OSError) -> TierFailed:
+        """The error as one of ours, naming the file."""
+        return TierFailed(f"{self.path}: {error.strerror or error}")
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __repr__(self) -> str:
+        state = f"slots of {format_bytes(self.slot_bytes)}" if self.slot_bytes else "not cut"
+        return f"<Slab {self.path.name} {state}, {len(self.names)} namespaces>"
+
+
+def _unpack_names(area: bytes) -> tuple[int, Names]:
+    """Revision and namespaces of one copy; revision 0 when it is unwritten or damaged."""
+    magic, revision, length, _ = _NAMES.unpack_from(area)
+    (checksum,) = _SUM.unpack_from(area, _NAMES.size)
+    packed = area[_NAMES_START : _NAMES_START + length]
+    if magic != _NAMES_MAGIC or native.checksum_bytes(area[8 : _NAMES.size] + packed) != checksum:
+        return 0, {}
+    raw = zlib.decompressobj().decompress(packed, _NAMES_RAW_BYTES_MAX)
+    names: Names = {}
+    offset = 0
+    while offset < len(raw):
+        digest, epoch, size = _NAME.unpack_from(raw, offset)
+        offset += _NAME.size + size
+        names[digest] = (epoch, raw[offset - size : offset])
+    return revision, names

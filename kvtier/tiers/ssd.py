@@ -1,0 +1,375 @@
+"""SsdTier: slots in preallocated slab files, written around the page cache, listed in LMDB.
+
+A write's way, and what a crash after each step leaves:
+
+    header + payload -> fdatasync (once per slab and batch) -> one LMDB transaction -> answered
+         old or torn        whole, but nobody lists it            listed      there after a kill
+
+State directory: `VERSION`, `namespaces` (epochs), `catalogue/` (LMDB), `clean` (left by `close`),
+`slabs/00017.slab`. Slabs alone rebuild everything. The caller holds the directory's lock.
+
+Does not: choose slots, or retry: what failed is the caller's to place elsewhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from kvtier import native
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, TierId
+from kvtier.errors import (
+    BlockCorrupt,
+    InvariantViolated,
+    TierFailed,
+)
+from kvtier.tiers.base import SlotRecord, TierCounts
+from kvtier.tiers.catalogue import Catalogue, pack_record
+from kvtier.tiers.dram import add_counts
+from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab
+from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging
+from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory
+from kvtier.units import GIB, PAGE_BYTES, format_bytes
+
+_SCAN_THREADS: Final = 8
+_REBUILD_RECORDS: Final = 10_000  # of one transaction
+_START_BITS: Final = 32  # generation = number of the start << 32 | writes since
+_MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
+
+logger = logging.getLogger(__name__)
+
+
+class SsdTier:
+    """Slabs of `segment_bytes` of slots each, made when first written to, and their catalogue.
+
+    On disk a segment takes `file_bytes` (slots and 64 KiB); `min_free_bytes` of the file system
+    stay unused. `direct_io`: "auto", "off" or "require". `address`es that are no multiple of 4096,
+    and sizes that are none, cost a copy. Call `recover` once before anything else.
+
+    Raises:
+        DeviceUnavailable: no such directory can be made, or no O_DIRECT and it is required.
+        VersionMismatch: the state directory is of a newer version; nothing in it was touched.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        segment_count: int,
+        segment_bytes: int,
+        *,
+        direct_io: str = "auto",
+        min_free_bytes: int = GIB,
+    ) -> None:
+        assert segment_bytes % PAGE_BYTES == 0
+
+        self.plan = SegmentPlan(TierId.SSD, segment_count, segment_bytes, SLOT_HEADER_BYTES)
+        self.directory = directory
+        self.file_bytes = SLAB_RESERVED_BYTES + segment_bytes
+        self._min_free_bytes = min_free_bytes
+        self._lock = threading.Lock()
+        self._names_lock = threading.Lock()
+        self._staging = SlotStaging()
+        self._counts = TierCounts()
+        self._generations = itertools.count(1)
+        self._recovered = False
+        prepare_directory(directory)
+        self.direct_io = choose_direct_io(directory, direct_io)
+        self._slabs = [
+            Slab(directory / "slabs" / f"{i:05}.slab", i, segment_bytes, direct=self.direct_io)
+            for i in range(segment_count)
+        ]
+        self._book = NamespaceBook(directory / "namespaces")
+        self._catalogue = Catalogue(directory, segment_count * segment_bytes)
+
+    # --- coming back
+
+    def recover(self) -> list[SlotRecord]:
+        """What is there, after at most a kill or power cut. Once, before anything else.
+
+        Damaged parts are set aside and rebuilt from slabs; records of older epochs, of a newer
+        copy's rivals, or that do not fit this plan are dropped. Worker thread (2 s a million
+        blocks, 2 s more after an unclean end). Raises TierFailed.
+        """
+        self._remove_strays()
+        self._book.load()
+        for slab in self._slabs:
+            if slab.open_existing():
+                slab.resize()
+                self._book.merge(slab.names)
+        collects = gc.isenabled()
+        gc.disable()  # millions of objects that all stay: collecting meanwhile doubles the time
+        try:
+            if not self._catalogue.open():
+                self._rebuild()
+            cuts = [(slab.slot_bytes, slab.cut_generation) for slab in self._slabs]
+            epochs = {digest: epoch for digest, (epoch, _) in self._book.names.items()}
+            good, bad = self._catalogue.records(epochs, cuts, self.plan.size_bytes)
+        finally:
+            if collects:
+                gc.enable()
+        if bad:
+            self._catalogue.delete(bad)
+            self._count(TierCounts(corrupt_count=self._catalogue.damaged_count))
+        newest = max((record.label.generation for record in good), default=0)
+        newest = max([newest, *(cut for _, cut in cuts)])
+        # Slots written but never listed may hold later generations of the former start.
+        self._generations = itertools.count((newest >> _START_BITS) + 1 << _START_BITS)
+        self._recovered = True
+        return good
+
+    def _remove_strays(self) -> None:
+        """Slabs of segments that the plan no longer has: the tier was made smaller."""
+        known = {slab.path.name for slab in self._slabs}
+        for path in (self.directory / "slabs").glob("*.slab"):
+            if path.name not in known:
+                logger.warning("%s is beyond the tier's size: removed", path)
+                path.unlink()
+
+    def _rebuild(self) -> None:
+        """Fills an empty catalogue from slot headers. What is older or foreign goes later."""
+        slabs = [slab for slab in self._slabs if slab.fd >= 0]
+        with ThreadPoolExecutor(_SCAN_THREADS, "kvtier-scan") as pool:
+            for found in pool.map(lambda slab: list(slab.scan()), slabs):
+                for start in range(0, len(found), _REBUILD_RECORDS):
+                    self._catalogue.put(
+                        pack_record(*record) for record in found[start : start + _REBUILD_RECORDS]
+                    )
+
+    # --- namespaces
+
+    def register_namespace(self, digest: bytes, descriptor: bytes, epoch: int) -> None:
+        """Blocks of this namespace may be written from now on. Durable; a later epoch known wins.
+
+        `descriptor`: JSON of the NamespaceSpec, kept beside its blocks. Worker thread. Raises
+        TierFailed: it is not registered.
+        """
+        with self._names_lock:
+            known = self._book.names.get(digest)
+            if known is None or known[0] < epoch:
+                self._book.save({**self._book.names, digest: (epoch, descriptor)})
+
+    def namespaces(self) -> list[tuple[bytes, bytes, int]]:
+        """(digest, descriptor, epoch) of all that are known. Any thread, after `recover`."""
+        return [(digest, text, epoch) for digest, (epoch, text) in self._book.names.items()]
+
+    def set_epoch(self, digest: bytes, epoch: int) -> None:
+        """Blocks of older epochs never come back, also after a power cut. Worker thread.
+
+        Raises:
+            TierFailed: that cannot be promised (it may hold all the same).
+            InvariantViolated: no such namespace is registered, or the epoch is older.
+        """
+        with self._names_lock:
+            known = self._book.names.get(digest)
+            if known is None or known[0] > epoch:
+                raise InvariantViolated(f"epoch {epoch} of {digest.hex()}: known is {known}")
+            self._book.save({**self._book.names, digest: (epoch, known[1])})
+            for slab in self._slabs:
+                with slab.lock:
+                    if slab.names.get(digest, (epoch,))[0] < epoch:
+                        before = slab.sync_failures
+                        slab.list_names({**slab.names, digest: (epoch, known[1])})
+                        slab.sync(before)
+
+    # --- the Tier protocol
+
+    def write(self, batch: Sequence[SlotIO]) -> None:
+        """Header and payload, `fdatasync`, catalogue: then done. A given checksum is believed."""
+        assert self._recovered, "recover() comes first"
+
+        items = self._ready(batch)
+        unsummed = [item for item in items if item.label.checksum == 0]
+        checksums = native.checksum(
+            [item.address for item in unsummed], [item.label.size_bytes for item in unsummed]
+        )
+        for item, checksum in zip(unsummed, checksums, strict=True):
+            item.label.checksum = checksum
+        segments = {item.slot >> SLOT_BITS for item in items}
+        failures = {segment: self._slabs[segment].sync_failures for segment in segments}
+        if items:
+            slabs = [self._slabs[item.slot >> SLOT_BITS] for item in items]
+            for item in items:
+                item.label.generation = next(self._generations)
+            self._staging.write(items, *_places(items, slabs))
+        for segment, before in failures.items():
+            written = [i for i in items if i.slot >> SLOT_BITS == segment and i.error is None]
+            _attempt(written, partial(self._slabs[segment].sync, before))
+        good = [item for item in items if item.error is None]
+        records = [pack_record(item.slot, item.slot_bytes, item.label) for item in good]
+        _attempt(good, partial(self._catalogue.put, records))
+        done = [item.label.size_bytes for item in good if item.error is None]
+        self._count(
+            TierCounts(
+                written_bytes=sum(done),
+                written_slots=len(done),
+                error_count=len(batch) - len(done),
+            )
+        )
+
+    def _ready(self, batch: Sequence[SlotIO]) -> list[SlotIO]:
+        """The items whose slab is there, cut and lists their namespace; others get their error."""
+        ready = []
+        for item in batch:
+            item.error = None
+            slab = self._slab(item)
+            label = item.label
+            try:
+                if slab.slot_bytes != item.slot_bytes or label.namespace not in slab.names:
+                    self._prepare(slab, item)
+            except TierFailed as error:
+                item.error = error
+            else:
+                ready.append(item)
+        return ready
+
+    def _slab(self, item: SlotIO) -> Slab:
+        segment, end = item.slot >> SLOT_BITS, ((item.slot & _MASK) + 1) * item.slot_bytes
+        if segment >= self.plan.count or end > self.plan.size_bytes:
+            raise InvariantViolated(f"slot {item.slot:#x} of {item.slot_bytes} bytes is not ours")
+        if self.plan.slot_bytes(item.label.size_bytes) > item.slot_bytes:
+            raise InvariantViolated(f"slot {item.slot:#x} is too small for its label")
+        return self._slabs[segment]
+
+    def _prepare(self, slab: Slab, item: SlotIO) -> None:
+        """Makes, cuts and lists what this item needs of its slab."""
+        digest = item.label.namespace
+        with slab.lock:
+            if slab.fd < 0:
+                slab.create(min_free_bytes=self._min_free_bytes)
+            if slab.slot_bytes != item.slot_bytes:
+                self._catalogue.delete_segment(slab.index)
+                slab.list_names({})
+                slab.cut(item.slot_bytes, next(self._generations))
+            if digest not in slab.names:
+                entry = self._book.names.get(digest)
+                if entry is None:
+                    raise TierFailed(f"namespace {digest.hex()} is not registered")
+                slab.list_names({**slab.names, digest: entry})
+
+    def recycle(self, segment: int) -> None:
+        """What the segment held is gone, also for a rebuild; another tenant may have it next.
+
+        No slot of it may be in use. Worker thread. Raises TierFailed: try again.
+        """
+        slab = self._slabs[segment]
+        with slab.lock:
+            if slab.fd >= 0:
+                before = slab.sync_failures
+                self._catalogue.delete_segment(segment)
+                slab.list_names({})
+                slab.cut(slab.slot_bytes, next(self._generations))
+                slab.sync(before)
+
+    def read(self, batch: Sequence[SlotIO]) -> None:
+        """Straight from disk to each `address`; then header and payload must be what we asked."""
+        items, slabs = [], []
+        for item in batch:
+            slab = self._slab(item)
+            if slab.fd >= 0 and slab.slot_bytes == item.slot_bytes:
+                item.error = None
+                items.append(item)
+                slabs.append(slab)
+            else:
+                item.error = BlockCorrupt(f"ssd slot {item.slot:#x} was never written")
+        corrupt = len(batch) - len(items)
+        if items:
+            corrupt += self._staging.read(items, *_places(items, slabs))
+        good = [item.label.size_bytes for item in items if item.error is None]
+        self._count(
+            TierCounts(
+                read_bytes=sum(good),
+                read_slots=len(good),
+                corrupt_count=corrupt,
+                error_count=len(batch) - len(good) - corrupt,
+            )
+        )
+
+    def erase(self, slots: Iterable[SlotRecord], *, durable: bool) -> None:
+        """Forgets these copies, those that still lie where the records say.
+
+        With `durable` their headers are wiped and the catalogue synced: they never come back.
+        Without, a power cut or a rebuild may bring one back until its slot is written again.
+
+        Raises:
+            TierFailed: that was not possible for all of them; some may be gone.
+        """
+        records = self._catalogue.matching(slots)
+        if durable:
+            self._wipe(records)
+        self._catalogue.delete(record.slot for record in records)
+        if durable:
+            self._catalogue.sync()
+
+    def _wipe(self, records: list[SlotRecord]) -> None:
+        slabs = [self._slabs[record.slot >> SLOT_BITS] for record in records]
+        here = [
+            (record, slab)
+            for record, slab in zip(records, slabs, strict=True)
+            if slab.fd >= 0 and slab.slot_bytes == record.slot_bytes
+        ]
+        failures = {slab.index: slab.sync_failures for _, slab in here}
+        places = _places([record for record, _ in here], [slab for _, slab in here])
+        for (record, _), error in zip(here, self._staging.wipe(*places), strict=True):
+            if error:
+                raise TierFailed(f"ssd slot {record.slot:#x} not wiped: {os.strerror(error)}")
+        for index, before in failures.items():
+            self._slabs[index].sync(before)
+
+    def sync(self) -> None:
+        """All finished writes survive a power cut once this returns. Raises TierFailed."""
+        self._catalogue.sync()
+
+    def counts(self) -> TierCounts:
+        """Snapshot; any thread."""
+        return self._counts
+
+    def _count(self, more: TierCounts) -> None:
+        with self._lock:
+            self._counts = add_counts(self._counts, more)
+
+    def check(self) -> None:
+        """Raises InvariantViolated: a slab is cut beyond its segment, or lists an unknown name."""
+        for slab in self._slabs:
+            if slab.slot_bytes > self.plan.size_bytes:
+                raise InvariantViolated(f"{slab} has slots larger than its segment")
+            if slab.names.keys() - self._book.names.keys():
+                raise InvariantViolated(f"{slab} lists unknown namespaces")
+
+    def close(self) -> None:
+        """Syncs and leaves the clean marker. No batch may be under way. Idempotent."""
+        try:
+            self._catalogue.close()
+        finally:
+            for slab in self._slabs:
+                slab.close()
+
+    def __repr__(self) -> str:
+        made = sum(slab.fd >= 0 for slab in self._slabs)
+        size = format_bytes(self.plan.count * self.plan.size_bytes)
+        return f"<SsdTier {self.directory} {size}, {made} slabs, {self._counts}>"
+
+
+def _places(
+    items: Sequence[SlotIO | SlotRecord], slabs: Sequence[Slab]
+) -> tuple[list[int], list[int]]:
+    """File descriptor and offset of each item's slot."""
+    offsets = [slab.offset(item.slot) for item, slab in zip(items, slabs, strict=True)]
+    return [slab.fd for slab in slabs], offsets
+
+
+def _attempt(items: Sequence[SlotIO], step: Callable[[], None]) -> None:
+    """Takes a step that all of these items need: if it fails, they all do."""
+    try:
+        if items:
+            step()
+    except TierFailed as error:
+        for item in items:
+            item.error = error

@@ -1,0 +1,150 @@
+"""The small files of a state directory: its version, its namespaces, and how files become durable.
+
+Does not: know slabs or the catalogue.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Final
+
+from kvtier import machine, native
+from kvtier.errors import DeviceUnavailable, TierFailed, VersionMismatch
+
+STATE_VERSION: Final = (1, 0)  # (major, minor); another major is another layout
+Names = dict[bytes, tuple[int, bytes]]  # digest -> epoch, descriptor
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes the state directory, 0700, and checks its version before anything is touched.
+
+    Raises:
+        VersionMismatch: it is of a newer version. DeviceUnavailable: it cannot be made or read.
+    """
+    version = directory / "VERSION"
+    try:
+        if version.exists():
+            match = re.fullmatch(r"(\d+)\.(\d+)\s*", version.read_text("ascii", "replace"))
+            if match is None or int(match[1]) > STATE_VERSION[0]:
+                raise VersionMismatch(
+                    f"state directory {directory} is of a newer version (VERSION says "
+                    f"{match[0].strip() if match else 'something else'}, this kvtier knows "
+                    f"{STATE_VERSION[0]}); use that kvtier, or another state.dir"
+                )
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (directory / "slabs").mkdir(mode=0o700, exist_ok=True)
+        if not version.exists():
+            write_durably(version, b"%d.%d\n" % STATE_VERSION)
+    except OSError as error:
+        raise DeviceUnavailable(
+            f"{directory} cannot be used: {error.strerror}; set state.dir to a directory "
+            "on a local disk that this user may write"
+        ) from error
+
+
+def choose_direct_io(directory: Path, wish: str) -> bool:
+    """Whether slabs there are opened with O_DIRECT; tried, not believed. Warns where it is not.
+
+    Raises:
+        DeviceUnavailable: `wish` is "require" and the file system has none.
+    """
+    kind = machine.file_system(directory).type
+    if kind in ("nfs", "9p", "fuse", "cifs"):
+        logger.warning("%s lies on %s: LMDB is not safe there", directory, kind)
+    if wish == "off":
+        return False
+    if machine.direct_io_works(directory / "slabs"):
+        return True
+    if wish == "require":
+        raise DeviceUnavailable(
+            f"{directory} lies on {kind}, which has no O_DIRECT; set "
+            'tiers.ssd.direct_io = "auto" or choose another state.dir'
+        )
+    logger.warning("%s lies on %s without O_DIRECT: using the page cache", directory, kind)
+    return False
+
+
+class NamespaceBook:
+    """Namespaces and their epochs, in a file of its own that is whole before a change returns.
+
+    The first line is the XXH3-64 of the rest, which is JSON. Slabs list the same; where the file
+    is missing or damaged, `merge` brings back what they say. Any one thread at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.names: Names = {}
+
+    def load(self) -> None:
+        """Reads the file; a damaged one is set aside and counts as missing. Raises TierFailed."""
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise TierFailed(f"{self._path}: {error.strerror}") from error
+        try:
+            checksum, _, body = content.partition(b"\n")
+            if int(checksum, 16) != native.checksum_bytes(body):
+                raise ValueError("checksum")
+            self.names = {
+                bytes.fromhex(digest): (int(epoch), descriptor.encode())
+                for digest, epoch, descriptor in json.loads(body)
+            }
+        except ValueError as error:
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            aside = self._path.with_name(f"{self._path.name}.damaged-{stamp}")
+            logger.warning("%s is damaged (%s): set aside as %s", self._path, error, aside.name)
+            self._path.rename(aside)
+
+    def merge(self, names: Names) -> None:
+        """Adds what is new and takes the later epoch of what is known. Memory only."""
+        for digest, (epoch, descriptor) in names.items():
+            known = self.names.get(digest)
+            if known is None or known[0] < epoch:
+                self.names[digest] = (epoch, known[1] if known else descriptor)
+
+    def save(self, names: Names) -> None:
+        """These are the namespaces now, durably. Raises TierFailed: the former ones stay."""
+        rows = [
+            (digest.hex(), epoch, descriptor.decode())
+            for digest, (epoch, descriptor) in names.items()
+        ]
+        body = json.dumps(rows).encode()
+        try:
+            write_durably(self._path, b"%016x\n%s" % (native.checksum_bytes(body), body))
+        except OSError as error:
+            raise TierFailed(f"{self._path}: {error.strerror}") from error
+        self.names = names
+
+
+def sync_directory(directory: Path) -> None:
+    """Created, renamed and removed names in `directory` survive a power cut. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces a small file whole, mode 0600; old or new is there after a crash. Raises OSError."""
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
