@@ -20,9 +20,10 @@ Does not: decide anything, move anything, or know about protobuf (`wire.py` does
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum, StrEnum
 
 from kvtier.errors import InvalidRequest, KvTierError
@@ -196,6 +197,18 @@ class NamespaceSpec:
         for format_field in fields(self.format):
             flat[f"format.{format_field.name}"] = str(getattr(self.format, format_field.name))
         return flat
+
+    def to_json(self) -> bytes:
+        """The whole spec, for a record on disk; `from_json` reads it back."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> NamespaceSpec:
+        """Raises InvalidRequest (values), TypeError or ValueError (not such a record)."""
+        parts = json.loads(text)
+        shape = dict(parts.pop("format"))
+        shape["group"] = GroupKind(shape["group"])
+        return cls(format=BlockFormat(**shape), **parts)
 
     @property
     def digest(self) -> bytes:

@@ -36,4 +36,5 @@ class Session:
     announced: set[int] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
     reservations: set[int] = field(default_factory=set)
+    copying: int = 0  # commits whose bytes are being copied from `room` now
     ended: bool = False

@@ -1,12 +1,28 @@
-"""THE LIFE of a block, in order; the only place where deciding meets doing. (interface stub)"""
+"""THE LIFE of a block, in order; the only place where deciding meets doing.
+
+    lookup -> lease -> release          reading
+    reserve -> commit | abort           writing
+    promote, demote, evict              what `keeper.py` does in the background, and on request
+
+Each verb asks the ledger (pure, synchronous) what to do and has bytes moved by worker threads. The
+ledger is only ever touched on the event loop, between two awaits.
+
+Does not: know sockets or protobuf (server/), or how bytes are kept (tiers/).
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from kvtier.block import (
     CommitResult,
     Event,
+    EventKind,
+    Found,
     GroupQuery,
     Keys,
     LeaseGrant,
@@ -14,29 +30,78 @@ from kvtier.block import (
     NamespaceSpec,
     Reason,
     ReserveGrant,
+    SegmentView,
+    SlotIO,
+    SlotTable,
 )
+from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
+from kvtier.errors import (
+    DaemonUnavailable,
+    InvalidRequest,
+    InvariantViolated,
+    KvTierError,
+    LeaseLost,
+    LimitReached,
+    PermissionDenied,
+    TierFull,
+)
+from kvtier.keeper import Keeper
+from kvtier.ledger.chain import Namespace
+from kvtier.ledger.holdings import Entry, Lease, Reservation
+from kvtier.ledger.ledger import segments_of
+from kvtier.ledger.search import Span
 from kvtier.session import Session
 from kvtier.tiers.arena import Arena
+from kvtier.tiers.room import WriteRoom
+from kvtier.units import MIB
+
+T = TypeVar("T")
+# One worker-thread job copies at least this much, so that small commits are one job.
+_COPY_JOB_BYTES = 16 * MIB
 
 
 class Store:
-    """All of kvtier but its sockets. Event loop only; every method but the async ones is a transaction.
+    """All of kvtier but its sockets. Event loop only; verbs without `async` are transactions.
 
-    Raises from every verb: InvalidRequest (bad keys, unknown shard...), NotFound (unknown namespace, lease,
-    reservation), PermissionDenied (another session's or tenant's thing), plus what each says.
+    Raises from every verb: InvalidRequest (bad keys, no such shard), NotFound (unknown namespace),
+    PermissionDenied (another tenant's or session's thing), plus what each verb says.
     """
 
-    # --- life of the store itself (called by server/daemon.py)
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self.config = keeper.config
+        self._ledger = keeper.ledger
+        self._filling = keeper.filling
+        self._moves = keeper.moves
+        self._sessions: dict[int, Session] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._spare_room: WriteRoom | None = None
+        keeper.sessions = self._sessions
+        keeper.on_reservation_over = self._return_room
+
+    # --- life of the store itself
+
     @classmethod
-    async def open(cls, config: object, *, dram: object, ssd: object | None, clock: object) -> Store:
-        """Recovers the SSD tier into the ledger and starts the background tasks."""
-        raise NotImplementedError
+    async def open(cls, *args: Any, **kwargs: Any) -> Store:
+        """Recovers the SSD tier into the ledger and starts the background work; see Keeper.open."""
+        store = cls(await Keeper.open(*args, **kwargs))
+        store._make_spare_room()
+        return store
 
     async def close(self, *, grace_s: float) -> None:
-        """Ends every session's holdings, finishes or aborts moves, flushes DRAM to SSD within the grace, closes tiers."""
-        raise NotImplementedError
+        """Ends every session's holdings, flushes DRAM to SSD within the grace (seconds), waits for
+        bytes in flight, closes the tiers. After a clean close all of the SSD tier comes back.
+        """
+        for session in list(self._sessions.values()):
+            self.end_session(session)
+        await self.keeper.close(grace_s=grace_s)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+        if self._spare_room is not None:
+            self._spare_room.arena.close()
 
-    # --- sessions (called by server/sessions.py)
+    # --- sessions
+
     def open_session(
         self,
         *,
@@ -48,99 +113,603 @@ class Store:
         announce: Callable[[Arena], None],
         withdraw: Callable[[int], None],
     ) -> Session:
-        """Makes the session and its write arena (`session.room.arena`, None when not `writes` or under
-        single-tenant trust). Raises LimitReached, DeviceUnavailable (no memory for the write arena)."""
-        raise NotImplementedError
+        """Makes the session and its write arena (`session.room.arena`; none when not `writes`, or
+        under single-tenant trust). Raises LimitReached, DeviceUnavailable (no memory for it).
+        """
+        if len(self._sessions) >= self.config.server.sessions_max:
+            raise LimitReached(f"{len(self._sessions)} sessions (server.sessions_max) are attached")
+        room = self._take_room() if writes and not self.keeper.single_tenant else None
+        session = Session(
+            id=self._ledger.next_id(),
+            tenant=tenant,
+            group=group,
+            client_name=client_name,
+            pid=pid,
+            started_s=self.keeper.now_s(),
+            announce=announce,
+            withdraw=withdraw,
+            room=room,
+        )
+        self._sessions[session.id] = session
+        return session
+
+    def _take_room(self) -> WriteRoom:
+        room, self._spare_room = self._spare_room, None
+        if room is None:
+            room = self._new_room()
+        self._make_spare_room()
+        return room
+
+    def _new_room(self) -> WriteRoom:
+        size_bytes = self.config.limits.write_arena_bytes
+        return WriteRoom(Arena("write", size_bytes, writable=True, huge_pages="off"))
+
+    def _make_spare_room(self) -> None:
+        """Prefaulting takes a tenth of a second: done ahead, off the loop, for the next client."""
+        if self.keeper.single_tenant:
+            return
+
+        async def make() -> None:
+            room = await self.keeper.in_thread(self._new_room)
+            if self._spare_room is None and not self.keeper.draining:
+                self._spare_room = room
+            else:
+                room.arena.close()
+
+        self._run(make())
 
     def end_session(self, session: Session) -> None:
-        """Returns every lease, reservation and the write arena. Idempotent, never raises an operating error."""
-        raise NotImplementedError
+        """Returns every lease, reservation and the write arena. Idempotent."""
+        if session.ended:
+            return
+        session.ended = True
+        del self._sessions[session.id]
+        for lease_id in list(session.leases):
+            self._ledger.release(lease_id)
+        session.leases.clear()
+        for reservation_id in list(session.reservations):
+            reservation = self._filling.reservations.get(reservation_id)
+            if reservation is not None:
+                self._filling.abort(reservation)
+                self._return_room(reservation, session)
+        self._close_room_when_quiet(session)
+        for arena_id in list(session.announced):
+            self.keeper.recycling.returned(session.id, arena_id)
+        self.keeper.progress.notify()
+
+    def _close_room_when_quiet(self, session: Session) -> None:
+        if session.room is not None and session.copying == 0:
+            session.room.arena.close()
+            session.room = None
 
     def arena_returned(self, session: Session, arena_id: int) -> None:
         """The client no longer maps a withdrawn arena."""
-        raise NotImplementedError
+        session.announced.discard(arena_id)
+        self.keeper.recycling.returned(session.id, arena_id)
 
-    # --- the verbs (called by server/cache_service.py), in the order of a block's life
-    def open_namespace(self, session: Session, spec: NamespaceSpec, prefill_tokens_per_s: float) -> tuple[int, int, int]:
+    def _space(self, session: Session | None, namespace_id: int) -> Namespace:
+        space = self._ledger.space(namespace_id)
+        if session is not None and space.tenant != session.tenant:
+            raise PermissionDenied(f"namespace {namespace_id} belongs to another tenant")
+        return space
+
+    # --- namespaces
+
+    def open_namespace(
+        self, session: Session, spec: NamespaceSpec, prefill_tokens_per_s: float
+    ) -> tuple[int, int, int]:
         """(namespace_id, epoch, shard_bytes). `spec.tenant` is replaced by the session's."""
-        raise NotImplementedError
+        if spec.format.shard_bytes > self.config.limits.block_bytes_max:
+            raise InvalidRequest(
+                f"a shard of {spec.format.shard_bytes} bytes is over limits.block_bytes_max = "
+                f"{self.config.limits.block_bytes_max}"
+            )
+        space = self._ledger.open_namespace(replace(spec, tenant=session.tenant))
+        if prefill_tokens_per_s > 0:
+            space.prefill_tokens_per_s = prefill_tokens_per_s
+        return space.id, space.epoch, space.shard_bytes
+
+    # --- lookup
 
     def lookup(
-        self, session: Session, queries: Sequence[GroupQuery], *, lease: bool, prefetch: bool, touch: bool, shard: int
+        self,
+        session: Session,
+        queries: Sequence[GroupQuery],
+        *,
+        lease: bool,
+        prefetch: bool,
+        touch: bool,
+        shard: int,
     ) -> LookupAnswer:
-        raise NotImplementedError
+        """Longest restorable prefix; never waits, so it is always before its deadline.
+
+        With `lease` what was found is pinned; `prefetch` starts promotions. A shard out of range
+        is InvalidRequest. Under bypass everything is a miss.
+        """
+        asked = [(self._space(session, query.namespace_id), query.keys) for query in queries]
+        if not asked:
+            raise InvalidRequest("a lookup needs at least one group")
+        if self.keeper.is_bypassed(asked):
+            return self._missed(asked, Reason.BYPASSED)
+        for space, _ in asked:
+            _check_shard(space, shard)
+        found, spans, tokens = self._ledger.lookup(asked)
+        found = [
+            self.keeper.predicted(space, one) for (space, _), one in zip(asked, found, strict=True)
+        ]
+        if len(found) == 1:
+            tokens = found[0].block_count * asked[0][0].block_tokens
+            spans = [_cut(spans[0], found[0].block_count - found[0].first_needed)]
+        self.keeper.tally.lookup(asked, found)
+        leases: list[LeaseGrant] = []
+        if lease and tokens:
+            for (space, keys), one, where in zip(asked, found, spans, strict=True):
+                held = self._take_lease(session, space, keys, one, where)
+                if held.slots is None:
+                    self.keeper.promote(space, where)
+                leases.append(self._grant(session, held, shard))
+        elif touch:
+            for where in spans:
+                self._ledger.touch(where)
+        if prefetch:
+            for (space, _), where in zip(asked, spans, strict=True):
+                self.keeper.promote(space, where)
+        return LookupAnswer(tuple(found), tokens, tuple(leases))
+
+    def _missed(self, asked: Sequence[tuple[Namespace, Keys]], reason: Reason) -> LookupAnswer:
+        found = tuple(Found(0, reason=reason) for _ in asked)
+        self.keeper.tally.lookup(asked, found)
+        return LookupAnswer(found, 0)
+
+    # --- lease
 
     async def lease(
-        self, session: Session, query: GroupQuery | None, lease_id: int, *, shard: int, deadline_s: float
+        self,
+        session: Session,
+        query: GroupQuery | None,
+        lease_id: int,
+        *,
+        shard: int,
+        deadline_s: float,
     ) -> tuple[LeaseGrant, Reason]:
-        """Exactly one of `query` and `lease_id` (not 0) is given. Waits for promotions until the deadline
-        (seconds from now); past it, grants the readable prefix with Reason.DEADLINE. Raises LeaseLost."""
-        raise NotImplementedError
+        """Waits until the blocks of a new lease (`query`) or of a standing one (`lease_id`) are
+        readable; past the deadline (seconds from now) grants the readable prefix.
+
+        Raises:
+            LeaseLost: there is no such lease (any longer).
+        """
+        if query is None:
+            lease = self._standing_lease(session, lease_id)
+            _check_shard(lease.space, shard)
+        else:
+            space = self._space(session, query.namespace_id)
+            _check_shard(space, shard)
+            asked = [(space, query.keys)]
+            if self.keeper.is_bypassed(asked):
+                return LeaseGrant(0, 0, 0, 0, None), Reason.BYPASSED
+            found, spans, tokens = self._ledger.lookup(asked)
+            if not tokens:
+                return LeaseGrant(0, 0, 0, 0, None), found[0].reason
+            lease = self._take_lease(session, space, query.keys, found[0], spans[0])
+            lease.reason = found[0].reason
+        try:
+            await self._settle(lease, deadline_s)
+        except asyncio.CancelledError:
+            if query is not None:
+                self._end_lease(lease.id)
+            raise
+        if lease.id not in self._ledger.leases:
+            raise LeaseLost(f"lease {lease.id} ended while it waited")
+        if lease.needed_count <= 0:
+            self._end_lease(lease.id)
+            return LeaseGrant(0, 0, 0, 0, None), lease.reason
+        return self._grant(session, lease, shard), lease.reason
+
+    def _standing_lease(self, session: Session, lease_id: int) -> Lease:
+        lease = self._ledger.leases.get(lease_id)
+        if lease is None:
+            raise LeaseLost(f"lease {lease_id} is over: look up again")
+        same_group = session.group and session.group == lease.group
+        if lease.tenant != session.tenant or not (lease.session_id == session.id or same_group):
+            raise PermissionDenied(f"lease {lease_id} is of another session and not of its group")
+        return lease
+
+    def _take_lease(
+        self, session: Session, space: Namespace, keys: Keys, found: Found, spans: list[Span]
+    ) -> Lease:
+        if len(session.leases) >= self.config.limits.leases_per_session_max:
+            raise LimitReached(
+                f"{len(session.leases)} leases of this session (limits.leases_per_session_max): "
+                "release some"
+            )
+        lease = self._ledger.lease(
+            space,
+            keys,
+            found.block_count,
+            found.first_needed,
+            spans,
+            session_id=session.id,
+            tenant=session.tenant,
+            group=session.group,
+            now_s=self.keeper.now_s(),
+        )
+        session.leases.add(lease.id)
+        return lease
+
+    async def _settle(self, lease: Lease, deadline_s: float) -> None:
+        until_s = self.keeper.now_s() + deadline_s
+        while lease.id in self._ledger.leases and not self._ledger.settle_lease(lease):
+            self.keeper.promote(lease.space, self._ledger.lease_spans(lease))
+            if not await self.keeper.progress.wait(until_s - self.keeper.now_s()):
+                if lease.id in self._ledger.leases:
+                    self._ledger.shorten_lease(lease, Reason.DEADLINE)
+                return
+
+    def _grant(self, session: Session, lease: Lease, shard: int) -> LeaseGrant:
+        count, first = lease.count, lease.first_needed
+        if lease.slots is None:
+            pending = self._moves.pending(lease.space, lease.keys, first, count)
+            return LeaseGrant(lease.id, count, first, count - pending, None)
+        shards = lease.space.shards
+        slots = lease.slots if shards == 1 else lease.slots[shard::shards]
+        self.keeper.tally.read_bytes += len(slots) * lease.space.shard_bytes
+        return LeaseGrant(lease.id, count, first, count, self._table(session, lease.space, slots))
+
+    def _table(self, session: Session, space: Namespace, slots: array[int]) -> SlotTable:
+        """Where these DRAM slots are mapped; the client has been sent every arena named."""
+        views: list[SegmentView] = []
+        revocations: dict[int, int] = {}
+        for segment in segments_of(slots):
+            arena = self.keeper.dram.arena(segment)
+            views.append(SegmentView(segment, arena.id, arena.base_offset))
+            if arena.id not in session.announced:
+                session.announce(arena)
+                session.announced.add(arena.id)
+            if self.keeper.revoked:
+                revocations[arena.id] = arena.revocations
+        generations = {}
+        if self.keeper.revoked:
+            generations = {s: self.keeper.revoked[s] for s in slots if s in self.keeper.revoked}
+        slot_bytes = space.slot_bytes[self._ledger.top]
+        return SlotTable(
+            slots.tobytes(), slot_bytes, space.shard_bytes, tuple(views), generations, revocations
+        )
 
     def release(self, session: Session, lease_ids: Sequence[int]) -> int:
-        raise NotImplementedError
+        """Ends leases of this session or its group; returns how many stood."""
+        count = 0
+        for lease_id in lease_ids:
+            lease = self._ledger.leases.get(lease_id)
+            if lease is not None:
+                self._standing_lease(session, lease_id)
+                count += self._end_lease(lease_id)
+        if count:
+            self.keeper.progress.notify()
+        return count
+
+    def _end_lease(self, lease_id: int) -> bool:
+        lease = self._ledger.leases.get(lease_id)
+        if lease is not None and lease.session_id in self._sessions:
+            self._sessions[lease.session_id].leases.discard(lease_id)
+        return self._ledger.release(lease_id)
+
+    # --- reserve
 
     async def reserve(
-        self, session: Session, namespace_id: int, keys: Keys, *, parent: bytes, position: int, shard: int, deadline_s: float
+        self,
+        session: Session,
+        namespace_id: int,
+        keys: Keys,
+        *,
+        parent: bytes,
+        position: int,
+        shard: int,
+        deadline_s: float,
     ) -> ReserveGrant:
-        """Raises TierFull when not even one block found room by the deadline (everything leased or reserved)."""
-        raise NotImplementedError
+        """Room for the longest prefix of `keys` that finds some; waits for room while demotion
+        makes it, and holds nothing while it waits.
 
-    async def commit(self, session: Session, reservation_id: int, indexes: Sequence[int] | None, *, durable: bool) -> CommitResult:
-        """`indexes` count granted blocks; None = all. Raises ReservationExpired."""
-        raise NotImplementedError
+        Raises:
+            TierFull: not one block found room by the deadline (seconds from now).
+            DaemonUnavailable: the daemon is draining.
+        """
+        space = self._space(session, namespace_id)
+        if self.keeper.is_bypassed([(space, keys)]):
+            return ReserveGrant(0, (), len(keys), 0, None)
+        if len(session.reservations) >= self.config.limits.reservations_per_session_max:
+            raise LimitReached(
+                f"{len(session.reservations)} reservations of this session "
+                "(limits.reservations_per_session_max): commit or abort some"
+            )
+        until_s = self.keeper.now_s() + deadline_s
+        while True:
+            if self.keeper.draining:
+                raise DaemonUnavailable("the daemon is draining: it takes no stores")
+            now_s = self.keeper.now_s()
+            offer = self._filling.reserve(
+                space,
+                keys,
+                parent=parent,
+                position=position,
+                shard=shard,
+                session_id=session.id,
+                count_max=self._room_count(session, space, len(keys)),
+                now_s=now_s,
+                deadline_s=now_s + self.config.limits.reservation_ttl_s,
+            )
+            if offer.reservation is not None:
+                table = self._place(session, offer.reservation)
+                break
+            if offer.covered_count == len(keys):
+                return ReserveGrant(0, (), len(keys), offer.present_count, None)
+            await self._wait_for_room(session, space, until_s, keys)
+        if offer.covered_count < len(keys):
+            self.keeper.make_room(space, len(keys) - offer.covered_count)
+        return ReserveGrant(
+            offer.reservation.id, offer.granted, offer.covered_count, offer.present_count, table
+        )
+
+    def _room_count(self, session: Session, space: Namespace, count: int) -> int:
+        if session.room is None:
+            if not self.keeper.single_tenant:
+                raise PermissionDenied("this session said that it does not write")
+            return count
+        return session.room.largest_bytes() // space.slot_bytes[self._ledger.top]
+
+    async def _wait_for_room(
+        self, session: Session, space: Namespace, until_s: float, keys: Keys
+    ) -> None:
+        slot_bytes = space.slot_bytes[self._ledger.top]
+        if session.room is not None and slot_bytes > session.room.arena.data_bytes:
+            raise TierFull(
+                f"a block of {slot_bytes} bytes is larger than the write arena of "
+                f"{session.room.arena.data_bytes}: raise limits.write_arena_bytes"
+            )
+        self.keeper.make_room(space, len(keys))
+        if not await self.keeper.progress.wait(until_s - self.keeper.now_s()):
+            raise TierFull(
+                f"no room for a block of {slot_bytes} bytes in {self._ledger.top.label} by the "
+                f"deadline: {len(self._ledger.leases)} leases and "
+                f"{len(self._filling.reservations)} reservations hold it; release some, or raise "
+                f"tiers.{self._ledger.top.label}.size_bytes"
+            )
+        if session.ended:
+            raise DaemonUnavailable("the session ended while it waited for room")
+
+    def _place(self, session: Session, reservation: Reservation) -> SlotTable:
+        """Where the client writes: a stretch of its write arena, or the slots themselves."""
+        session.reservations.add(reservation.id)
+        space = reservation.space
+        slots = array("I", [entry.slot for entry in reservation.entries])
+        if session.room is None:
+            return self._table(session, space, slots)
+        slot_bytes = space.slot_bytes[self._ledger.top]
+        extent = session.room.take(len(slots) * slot_bytes)
+        if extent is None:
+            raise InvariantViolated("the write room was measured and has no room")
+        reservation.extent = extent
+        arena = session.room.arena
+        view = SegmentView(0, arena.id, arena.base_offset + extent)
+        numbers = array("I", range(len(slots)))
+        return SlotTable(numbers.tobytes(), slot_bytes, space.shard_bytes, (view,))
+
+    # --- commit, abort
+
+    async def commit(
+        self,
+        session: Session,
+        reservation_id: int,
+        indexes: Sequence[int] | None,
+        *,
+        durable: bool,
+    ) -> CommitResult:
+        """Copies and checksums the blocks (`indexes` count granted blocks; None = all that are
+        open), then makes them readable. With `durable`: answers when they are on stable storage.
+
+        Goes on to the end when the caller is cancelled: what was begun is committed.
+
+        Raises:
+            ReservationExpired: it ended; nothing was stored.
+            TierFailed: durable was asked for and the SSD tier could not promise it; the blocks
+                are readable from memory.
+        """
+        reservation = self._filling.get(reservation_id)
+        if reservation.session_id != session.id:
+            raise PermissionDenied(f"reservation {reservation_id} is another session's")
+        entries = self._filling.begin_commit(reservation, indexes)
+        return await asyncio.shield(self._run(self._commit(session, reservation, entries, durable)))
+
+    async def _commit(
+        self, session: Session, reservation: Reservation, entries: list[Entry], durable: bool
+    ) -> CommitResult:
+        session.copying += 1
+        try:
+            checksums = await self._copy_in(session, reservation, entries)
+        except KvTierError:
+            self._filling.fail_commit(reservation, entries)
+            raise
+        finally:
+            session.copying -= 1
+            if session.ended:
+                self._close_room_when_quiet(session)
+        filled = self._filling.finish_commit(reservation, entries, checksums)
+        self._return_room(reservation, session)
+        space = reservation.space
+        if filled.ready:
+            first = next(entry for entry in entries if entry.key == filled.ready[0])
+            self.keeper.tally.stored_blocks += len(filled.ready)
+            self.keeper.events.add(
+                EventKind.STORED,
+                space,
+                keys=filled.ready,
+                tier=self._ledger.top,
+                parent=first.parent,
+            )
+        self.keeper.tally.written_bytes += len(entries) * space.shard_bytes
+        self.keeper.wake()
+        if durable:
+            await self.keeper.make_durable(space, [entry.key for entry in entries])
+        return CommitResult(len(filled.ready), filled.duplicate_count, filled.partial_count)
+
+    async def _copy_in(
+        self, session: Session, reservation: Reservation, entries: list[Entry]
+    ) -> list[int]:
+        """Write arena -> DRAM slots in worker threads; checksums of what was copied. Under
+        single-tenant trust nothing is copied: checksum 0 = taken before the bytes leave DRAM.
+        """
+        if session.room is None or reservation.extent is None:
+            return [0] * len(entries)
+        space = reservation.space
+        slot_bytes = space.slot_bytes[self._ledger.top]
+        start = session.room.arena.data_address + reservation.extent
+        index_of = {id(entry): index for index, entry in enumerate(reservation.entries)}
+        items = [
+            SlotIO(
+                entry.slot,
+                slot_bytes,
+                start + index_of[id(entry)] * slot_bytes,
+                self.keeper.label(space, entry, reservation.shard),
+            )
+            for entry in entries
+        ]
+        per_job = max(1, _COPY_JOB_BYTES // slot_bytes)
+        jobs = [items[at : at + per_job] for at in range(0, len(items), per_job)]
+        await asyncio.gather(*(self.keeper.copy_in(job) for job in jobs))
+        for item in items:
+            if item.error is not None:
+                raise item.error
+        return [item.label.checksum for item in items]
+
+    def _return_room(self, reservation: Reservation, session: Session | None = None) -> None:
+        """Gives the write arena's stretch back once the reservation is over and quiet."""
+        if not reservation.ended or reservation.busy:
+            return
+        session = session or self._sessions.get(reservation.session_id)
+        if session is None:
+            return
+        session.reservations.discard(reservation.id)
+        if session.room is not None and reservation.extent is not None:
+            session.room.give_back(reservation.extent)
+            reservation.extent = None
+        self.keeper.progress.notify()
 
     def abort(self, session: Session, reservation_id: int) -> None:
-        raise NotImplementedError
+        """Gives reserved room back. An unknown reservation ended already: nothing to do."""
+        reservation = self._filling.reservations.get(reservation_id)
+        if reservation is None:
+            return
+        if reservation.session_id != session.id:
+            raise PermissionDenied(f"reservation {reservation_id} is another session's")
+        self._filling.abort(reservation)
+        self._return_room(reservation, session)
+
+    # --- promote, evict, pin
 
     def prefetch(self, session: Session, query: GroupQuery) -> int:
-        raise NotImplementedError
+        """Starts promotions of the prefix that exists; returns how many blocks are on their way."""
+        space = self._space(session, query.namespace_id)
+        asked = [(space, query.keys)]
+        if self.keeper.is_bypassed(asked):
+            return 0
+        found, spans, _ = self._ledger.lookup(asked)
+        self.keeper.promote(space, spans[0])
+        return self._moves.pending(space, query.keys, found[0].first_needed, found[0].block_count)
 
     async def evict(self, session: Session | None, query: GroupQuery) -> int:
-        """Durable before it returns. `session` None = the operator."""
-        raise NotImplementedError
+        """Forgets the blocks and their descendants, durably before it returns; leased bytes stay
+        readable, hidden, until their leases end. `session` None = the operator.
+        """
+        space = self._space(session, query.namespace_id)
+        gone = self._ledger.evict(space, query.keys)
+        if gone:
+            self.keeper.events.add(EventKind.REMOVED, space, keys=gone)
+        await self.keeper.erase_for_good(space, gone)
+        return len(gone)
 
     async def clear_namespace(self, session: Session | None, namespace_id: int) -> tuple[int, int]:
         """(new epoch, blocks forgotten). Durable before it returns."""
-        raise NotImplementedError
+        space = self._space(session, namespace_id)
+        count = self._ledger.clear(space)
+        self._filling.clear(space)
+        self.keeper.events.add(EventKind.CLEARED, space)
+        await self.keeper.begin_epoch(space)
+        return space.epoch, count
 
     def pin(self, session: Session | None, query: GroupQuery) -> int:
-        raise NotImplementedError
+        """These blocks are not forgotten until unpinned as often. Returns how many exist."""
+        return self._ledger.pin(self._space(session, query.namespace_id), query.keys)
 
     def unpin(self, session: Session | None, query: GroupQuery) -> int:
-        raise NotImplementedError
+        """Undoes one pin. Returns how many blocks were pinned."""
+        return self._ledger.unpin(self._space(session, query.namespace_id), query.keys)
 
-    def watch(self, session: Session, namespace_id: int, from_revision: int) -> AsyncIterator[Event]:
-        """Bounded: a watcher that does not keep up is told COMPACTED and goes on from the present."""
-        raise NotImplementedError
+    def watch(
+        self, session: Session, namespace_id: int, from_revision: int
+    ) -> AsyncIterator[Event]:
+        """Bounded: a watcher that does not keep up is told COMPACTED and goes on."""
+        self._space(session, namespace_id)
+        return self.keeper.events.watch(namespace_id, from_revision)
 
-    # --- the operator (called by server/admin_service.py)
-    def counts(self, namespaces_max: int) -> object:
-        """A frozen `StoreCounts` record with everything StatResponse shows (kvtier/counts.py)."""
-        raise NotImplementedError
+    # --- the operator
 
-    def namespaces(self) -> list[object]:
-        """list of `NamespaceUse` (kvtier/counts.py), each with `.spec: NamespaceSpec`."""
-        raise NotImplementedError
+    def counts(self, namespaces_max: int) -> StoreCounts:
+        """Everything `kvtier stat` shows."""
+        return self.keeper.accounts(self._sessions.values(), namespaces_max)
 
-    def blocks(self, namespace_id: int, after_key: bytes, count_max: int) -> list[object]:
-        """Page of `BlockUse` (kvtier/counts.py)."""
-        raise NotImplementedError
+    def namespaces(self) -> list[NamespaceUse]:
+        """All namespaces."""
+        return self.keeper.namespace_uses()
+
+    def blocks(self, namespace_id: int, after_key: bytes, count_max: int) -> list[BlockUse]:
+        """A page of blocks, in the order they were placed, after the one with `after_key`."""
+        return self.keeper.block_uses(self._ledger.space(namespace_id), after_key, count_max)
 
     async def flush(self, timeout_s: float) -> tuple[int, int]:
-        """(blocks written, blocks still only in memory)."""
-        raise NotImplementedError
+        """(blocks written below, blocks still only in memory)."""
+        return await self.keeper.flush(timeout_s)
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:
-        """Stops taking stores (reserve raises DaemonUnavailable), then flushes."""
-        raise NotImplementedError
+        """Stops taking stores, then flushes."""
+        self.keeper.draining = True
+        self.keeper.progress.notify()
+        return await self.keeper.flush(timeout_s)
 
     def undrain(self) -> None:
-        raise NotImplementedError
+        """Takes stores again."""
+        self.keeper.draining = False
 
     def bypass(self, on: bool, namespace_id: int) -> None:
-        raise NotImplementedError
+        """Whole daemon (0) or one namespace: every lookup misses, nothing is stored."""
+        if namespace_id:
+            self._ledger.space(namespace_id).bypassed = on
+        else:
+            self.keeper.bypassed = on
 
     def check(self) -> list[str]:
         """Runs every invariant check; the problems found, as sentences (empty = sound)."""
-        raise NotImplementedError
+        return self.keeper.check(self._sessions.values())
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def __repr__(self) -> str:
+        return f"<Store {len(self._sessions)} sessions, {self._ledger!r}, {self.keeper.mover!r}>"
+
+
+def _check_shard(space: Namespace, shard: int) -> None:
+    if not 0 <= shard < space.shards:
+        raise InvalidRequest(f"shard {shard} of a format with {space.shards}")
+
+
+def _cut(spans: list[Span], count: int) -> list[Span]:
+    """The first `count` blocks of the spans."""
+    kept: list[Span] = []
+    for run, start, end in spans:
+        if count <= 0:
+            break
+        kept.append((run, start, min(end, start + count)))
+        count -= end - start
+    return kept

@@ -96,7 +96,7 @@ def blocks(
         token, more = "", True
         while more and len(listed) < limit:
             size = min(_PAGE_BLOCKS, limit - len(listed))
-            page = admin.list_blocks(namespace_id, page_size=size, page_token=token)
+            page = admin.blocks(namespace_id, page_size=size, page_token=token)
             listed += [plain(block) for block in page.blocks]
             token = page.next_page_token
             more = bool(token)
@@ -122,7 +122,7 @@ def evict(
         namespace_id = _id(admin, space)
         if not wanted and not yes:
             _confirm(f"Forget every block of namespace {namespace_id}?")
-        evicted = admin.evict(namespace_id, wanted)
+        evicted = admin.evict(namespace_id, wanted or None).evicted_count
     _say(as_json, {"evicted_blocks": evicted}, f"{evicted:,} blocks forgotten.")
 
 
@@ -135,7 +135,7 @@ def pin(
 ) -> None:
     """Keeps blocks from being forgotten until they are unpinned."""
     with _admin(socket, admin_socket) as admin:
-        pinned = admin.pin(_id(admin, space), _keys(keys))
+        pinned = admin.pin(_id(admin, space), _keys(keys)).block_count
     _say(as_json, {"pinned_blocks": pinned}, f"{pinned:,} blocks pinned.")
 
 
@@ -148,7 +148,7 @@ def unpin(
 ) -> None:
     """Undoes one pin of the same blocks."""
     with _admin(socket, admin_socket) as admin:
-        unpinned = admin.unpin(_id(admin, space), _keys(keys))
+        unpinned = admin.unpin(_id(admin, space), _keys(keys)).block_count
     _say(as_json, {"unpinned_blocks": unpinned}, f"{unpinned:,} blocks unpinned.")
 
 
@@ -161,19 +161,19 @@ def drain(
 ) -> None:
     """Stops taking stores and writes everything to the SSD tier; lookups go on."""
     with _admin(socket, admin_socket) as admin:
-        answer = admin.undrain() if undo else admin.drain(timeout_s=timeout_s)
+        answer = admin.undrain() if undo else admin.drain(timeout_s)
     _flushed(as_json, "Stores are taken again." if undo else "Drained", answer, undo)
 
 
 def flush(
-    timeout_s: Timeout = 0.0,
+    timeout_s: Timeout = 60.0,
     as_json: Json = False,
     socket: Socket = "",
     admin_socket: AdminSocket = "",
 ) -> None:
     """Writes what is only in memory to the SSD tier, durably."""
     with _admin(socket, admin_socket) as admin:
-        answer = admin.flush(timeout_s=timeout_s)
+        answer = admin.flush(timeout_s)
     _flushed(as_json, "Flushed", answer, False)
 
 
@@ -189,7 +189,7 @@ def bypass(
         fail(f"bypass is on or off, not {state!r}", status=USAGE)
     with _admin(socket, admin_socket) as admin:
         namespace_id = _id(admin, namespace) if namespace else 0
-        is_on = admin.bypass(state == "on", namespace_id=namespace_id)
+        is_on = admin.bypass(on=state == "on", namespace_id=namespace_id).on
     where = f"namespace {namespace_id}" if namespace else "the whole daemon"
     _say(as_json, {"on": is_on, "namespace_id": namespace_id}, f"Bypass is {state} for {where}.")
 
@@ -208,7 +208,7 @@ def check(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket 
 def health(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket = "") -> None:
     """Whether the daemon serves; status 0 when it does, 4 when not: for probes."""
     with _admin(socket, admin_socket) as admin:
-        serving = admin.health()
+        serving = admin.stat().state != "draining"
     text = "serving" if serving else "not serving"
     _say(as_json, {"serving": serving}, text)
     if not serving:
@@ -216,15 +216,21 @@ def health(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket
 
 
 def _admin(socket: str, admin_socket: str) -> AdminClient:
+    """A connection to the admin socket. Raises DaemonUnavailable when there is no such socket."""
+    path = admin_path(socket, admin_socket)
+    if not path.exists():
+        raise DaemonUnavailable(
+            f"no daemon: there is no {path}; start one (kvtier serve), or name its --socket"
+        )
     from kvtier.client.admin import AdminClient
 
-    return AdminClient(admin_path(socket, admin_socket))
+    return AdminClient(path)
 
 
 def _namespaces(admin: AdminClient) -> list[dict[str, Any]]:
     from kvtier.cli.plain import plain
 
-    entries = [plain(entry) for entry in admin.list_namespaces().namespaces]
+    entries = [plain(entry) for entry in admin.namespaces().namespaces]
     return [{"id": entry["stat"]["namespace_id"], **entry} for entry in entries]
 
 

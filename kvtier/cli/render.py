@@ -94,8 +94,8 @@ def findings(entries: Sequence[Plain]) -> Table:
     """The doctor's findings, each with what to do."""
     table = _table("", "", "what", "found", "what to do", right=())
     for entry in entries:
-        style = _STATE_STYLE.get(entry["state"], "")
-        table.add_row(Text(entry["state"], style), entry["name"], entry["found"], entry["remedy"])
+        style = _STATE_STYLE.get(entry["status"], "")
+        table.add_row(Text(entry["status"], style), entry["name"], entry["detail"], entry["remedy"])
     return table
 
 
@@ -107,7 +107,7 @@ def demo_requests(rows: Sequence[Plain]) -> Table:
     for name in ("TTFT", "without kvtier", "saved"):
         table.add_column(name, justify="right")
     table.add_column("identical ids, logits agree")
-    table.add_column("after restart")
+    table.add_column("what happened before")
     for number, row in enumerate(rows, 1):
         hit = row["found_tokens"] > 0
         saved = 1 - row["ttft_ms"] / row["ttft_baseline_ms"] if row["ttft_baseline_ms"] else 0.0
@@ -122,12 +122,13 @@ def demo_requests(rows: Sequence[Plain]) -> Table:
             f"{row['ttft_baseline_ms']:,.0f} ms",
             Text(f"{saved:.0%}", "bold green") if hit and saved > 0 else "-",
             Text("yes", "green") if row["identical"] else Text("NO", "bold red"),
-            row["note"] or ("yes" if row["after_restart"] else ""),
+            Text(row["note"], "cyan" if row["after_restart"] else ""),
         )
     return table
 
 
 def percent(part: float, whole: float) -> str:
+    """`"12.5%"`, or `"-"` of nothing."""
     return f"{part / whole:.1%}" if whole else "-"
 
 
@@ -145,12 +146,17 @@ def duration(seconds: float) -> str:
 
 def _headline(stat: Plain) -> Text:
     line = Text.assemble(
-        ("kvtier ", "bold"), stat["version"], "  ", (stat["state"], _STATE_STYLE.get(stat["state"], "yellow"))
+        ("kvtier ", "bold"),
+        stat["version"],
+        "  ",
+        (stat["state"], _STATE_STYLE.get(stat["state"], "yellow")),
     )
     line.append(f"  pid {stat['pid']}, up {duration(stat['uptime_s'])}, {stat['trust']} trust, ")
     line.append("native kernels" if stat["native_kernels"] else "no native kernels (slower)")
     if stat["recovered_blocks"]:
-        line.append(f", {stat['recovered_blocks']:,} blocks recovered in {stat['recovery_s']:.2f} s")
+        line.append(
+            f", {stat['recovered_blocks']:,} blocks recovered in {stat['recovery_s']:.2f} s"
+        )
     return line
 
 
@@ -182,7 +188,9 @@ def _tiers(tiers: Iterable[Plain]) -> Table:
 
 def _hits(stat: Plain) -> Text:
     asked = stat["hit_blocks"] + stat["miss_blocks"]
-    by_tier = ", ".join(f"{t['tier']} {t['hit_blocks']:,}" for t in stat["tiers"] if t["hit_blocks"])
+    by_tier = ", ".join(
+        f"{t['tier']} {t['hit_blocks']:,}" for t in stat["tiers"] if t["hit_blocks"]
+    )
     line = Text.assemble(
         ("Hits      ", "bold"),
         f"{stat['hit_blocks']:,} of {asked:,} blocks ({percent(stat['hit_blocks'], asked)})",
@@ -202,7 +210,8 @@ def _held(stat: Plain) -> Text:
     line = Text.assemble(
         ("Held      ", "bold"),
         f"{stat['lease_count']:,} leases (oldest {duration(stat['lease_oldest_s'])}), ",
-        f"{stat['reservation_count']:,} reservations (oldest {duration(stat['reservation_oldest_s'])}), ",
+        f"{stat['reservation_count']:,} reservations ",
+        f"(oldest {duration(stat['reservation_oldest_s'])}), ",
         f"{len(stat['sessions']):,} sessions, {moves:,} moves in flight, {queued:,} queued",
     )
     line.append("\nBlocks    ", "bold")
@@ -230,7 +239,9 @@ def _routes(routes: Iterable[Plain]) -> Table:
 
 
 def _sessions(sessions: Iterable[Plain]) -> Table:
-    table = _table("Sessions", "client", "tenant", "group", right=("pid", "leases", "reservations", "age"))
+    table = _table(
+        "Sessions", "client", "tenant", "group", right=("pid", "leases", "reservations", "age")
+    )
     for session in sessions:
         table.add_row(
             session["client_name"] or "-",
@@ -245,7 +256,9 @@ def _sessions(sessions: Iterable[Plain]) -> Table:
 
 
 def _table(title: str, *left: str, right: Sequence[str]) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+    )
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:

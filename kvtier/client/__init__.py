@@ -9,9 +9,10 @@
 Importing this loads neither grpc nor torch nor numpy; grpc is loaded when a client is made.
 """
 
-from kvtier.client.blocking import Client, Lease, Reservation, Space
+from kvtier.client.blocking import Client, Space
 from kvtier.client.calls import GroupsFound, LeasedFound
-from kvtier.client.client import AsyncClient, AsyncLease, AsyncReservation, AsyncSpace
+from kvtier.client.client import AsyncClient, AsyncSpace
+from kvtier.client.held import AsyncLease, AsyncReservation, Lease, Reservation
 from kvtier.client.reservation import ReservedBlock
 
 __all__ = [

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from kvtier import wire
 from kvtier.block import CommitResult, Found, GroupQuery, Keys, LeaseGrant, Reason, ReserveGrant
+from kvtier.client.keys import KeysLike, packed_keys
 from kvtier.client.link import Link, Linker, SpaceState
 from kvtier.client.reservation import ReservationState, ReservedBlock, abort_again
 from kvtier.client.steps import Flow
@@ -28,11 +29,10 @@ from kvtier.errors import (
 )
 from kvtier.v1 import cache_pb2
 
-KeysLike = Sequence[bytes] | Keys
 SETTLE_TIMEOUT_S = 10.0
 L = TypeVar("L")
 R = TypeVar("R", bound=ReservationState)
-MakeLease = Callable[[Link, LeaseGrant, Reason, int], L]
+MakeLease = Callable[[Link, LeaseGrant, Reason, int, bool], L]  # ..., shard, owned
 MakeReservation = Callable[[Link, ReserveGrant, Sequence[bytes], int], R]
 
 
@@ -49,40 +49,6 @@ class GroupsFound(Generic[L]):
 
     groups: tuple[LeasedFound[L], ...]
     token_count: int
-
-
-# --- keys
-
-
-def packed_keys(keys: KeysLike) -> Keys:
-    """The keys packed and known to be distinct. A `Keys` seen before costs nothing here.
-
-    Raises:
-        InvalidRequest: none, too many, unequal or impossible lengths, not bytes, or one twice.
-    """
-    if isinstance(keys, Keys):
-        if keys is not _seen[0]:
-            keys.check_distinct()
-            _seen[0] = keys
-        return keys
-    if isinstance(keys, (bytes, bytearray, memoryview, str)):
-        raise InvalidRequest("keys must be a sequence of bytes objects, not one of them")
-    try:
-        lengths = set(map(len, keys))
-        distinct_count = len(set(keys))
-        packed = b"".join(keys)
-    except TypeError as error:
-        raise InvalidRequest(f"keys must be bytes: {error}") from None
-    if not lengths:
-        raise InvalidRequest("number of keys is 0; it must be at least 1")
-    if len(lengths) != 1:
-        raise InvalidRequest("keys of one call must have one length")
-    if distinct_count != len(keys):
-        raise InvalidRequest("the same key is given twice in one call")
-    return Keys(packed, lengths.pop())
-
-
-_seen: list[Keys | None] = [None]  # an engine asks, leases and stores with the same object
 
 
 # --- lookup
@@ -151,10 +117,10 @@ def _found(
     for index, message in enumerate(answer.leases):
         if message.lease_id:
             reason = wire.decode_reason(answer.groups[index].reason)
-            leases[index] = make_lease(link, wire.decode_lease(message), reason, shard)
+            leases[index] = make_lease(link, wire.decode_lease(message), reason, shard, True)
     groups = []
-    for message, lease in zip(answer.groups, leases, strict=True):
-        found = wire.decode_found(message)
+    for group, lease in zip(answer.groups, leases, strict=True):
+        found = wire.decode_found(group)
         groups.append(
             LeasedFound(
                 found.block_count,
@@ -201,7 +167,7 @@ def lease(
             _settle_later(linker, "Lease", request, error)
         raise
     reason = wire.decode_reason(answer.reason)
-    return make_lease(link, wire.decode_lease(answer.grant), reason, shard)
+    return make_lease(link, wire.decode_lease(answer.grant), reason, shard, chain is not None)
 
 
 def reserve(
@@ -238,7 +204,9 @@ def reserve(
         return request
 
     try:
-        link, answer = yield from linker.call("Reserve", build, (space,), until_of(linker, timeout_s))
+        link, answer = yield from linker.call(
+            "Reserve", build, (space,), until_of(linker, timeout_s)
+        )
     except (DeadlineExceeded, DaemonUnavailable, GeneratorExit) as error:
         if request is not None:
             _settle_later(linker, "Reserve", request, error)
@@ -274,11 +242,14 @@ def store(
         )  # fmt: skip
         if not reservation.covered_count:
             raise TierFull(f"no room for {len(rest)} of {len(chain)} blocks; those before are kept")
-        for block in reservation.blocks:
-            fill(block)  # when it raises, dropping the reservation aborts it
-        result = yield from reservation._commit(  # noqa: SLF001 - a verb of the same package
-            None, durable, until_s - time.monotonic()
-        )
+        try:
+            for block in reservation.blocks:
+                fill(block)
+            commit = reservation.commit_flow(None, durable, until_s - time.monotonic())
+            result = yield from commit
+        except BaseException:
+            reservation.abort_later()
+            raise
         start += reservation.covered_count
         done = (result.stored_count, result.duplicate_count, result.partial_count)
         total = [before + now for before, now in zip(total, done, strict=True)]
@@ -344,9 +315,10 @@ def _settle_later(linker: Linker, method: str, request: Any, error: BaseExceptio
     """Notes that the daemon may have granted what nobody heard of."""
     link = linker.current()
     lost = isinstance(error, DeadlineExceeded | DaemonUnavailable | GeneratorExit)
-    if lost and link is not None and link.session.alive:
-        if request.session_token == link.session.token:
-            link.session.later(lambda: _settle(link, method, request))
+    if not lost or link is None or not link.session.alive:
+        return
+    if request.session_token == link.session.token:
+        link.session.later(lambda: _settle(link, method, request))
 
 
 def _settle(link: Link, method: str, request: Any) -> Flow[None]:
@@ -367,4 +339,3 @@ def _settle(link: Link, method: str, request: Any) -> Flow[None]:
     grants = [answer.grant] if method == "Lease" else answer.leases
     link.session.dropped.extend(grant.lease_id for grant in grants if grant.lease_id)
     link.session.wake()
-

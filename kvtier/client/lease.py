@@ -19,6 +19,7 @@ from kvtier import wire
 from kvtier.block import LeaseGrant, Reason
 from kvtier.client.link import Link
 from kvtier.client.session import Session
+from kvtier.client.space import ClientBase
 from kvtier.client.steps import Flow
 from kvtier.client.views import Hold, Holding, Places, Views, released
 from kvtier.errors import InvalidRequest, KvTierError, LeaseLost
@@ -35,7 +36,19 @@ class LeaseState:
     leased and there is nothing to release.
     """
 
-    def __init__(self, link: Link, grant: LeaseGrant, reason: Reason, shard: int) -> None:
+    lease_id = 0  # until built: `__del__` may see less
+
+    def __init__(
+        self,
+        owner: ClientBase,
+        link: Link,
+        grant: LeaseGrant,
+        reason: Reason,
+        shard: int,
+        owned: bool,
+    ) -> None:
+        self._owner = owner
+        self._owned = owned  # a joined lease is released by the session that took it
         self.lease_id = grant.lease_id
         self.reason = reason
         self._link = link
@@ -48,7 +61,9 @@ class LeaseState:
         try:
             self._take(grant)
         except KvTierError:
-            link.session.drop(grant.lease_id)
+            self._released = True
+            if owned and grant.lease_id:
+                link.session.drop(grant.lease_id)
             raise
 
     def _take(self, grant: LeaseGrant) -> None:
@@ -57,9 +72,14 @@ class LeaseState:
         self.ready_count = grant.ready_count
         if grant.table is not None and grant.lease_id:
             session = self._link.session
-            self._hold = Hold(session, grant.lease_id, Places(session, grant.table))
+            self._hold = Hold(session, self._drop_id, Places(session, grant.table))
             self._hold_weak = weakref.ref(self._hold)
             self._holding = self._hold.holding
+
+    @property
+    def _drop_id(self) -> int:
+        """What a finalizer releases: 0 for a lease that is another session's to release."""
+        return self.lease_id if self._owned else 0
 
     @property
     def ready(self) -> bool:
@@ -111,7 +131,7 @@ class LeaseState:
         if hold is not None and hold.places.taken_back():
             raise LeaseLost("the daemon took the lease back: what was read may be other bytes")
 
-    def _wait(self, timeout_s: float) -> Flow[None]:
+    def wait_flow(self, timeout_s: float) -> Flow[None]:
         """Has the daemon finish promoting; after it the lease is ready, maybe with less."""
         if self.ready:
             return
@@ -125,7 +145,7 @@ class LeaseState:
         self.reason = wire.decode_reason(answer.reason)
         self._take(wire.decode_lease(answer.grant))
 
-    def _release(self) -> Flow[None]:
+    def release_flow(self) -> Flow[None]:
         """Lets go. Does not raise for a daemon that is gone: nothing is held there then."""
         if self._released or not self.lease_id:
             return
@@ -139,14 +159,14 @@ class LeaseState:
             if not holding.free:
                 return
         session = self._link.session
-        if not session.alive:
+        if not (session.alive and self._owned):
             return
         try:
             yield from release(self._link, [self.lease_id])
         except KvTierError:
             session.dropped.append(self.lease_id)  # the keeper tries again
 
-    def _leave(self, failed: bool) -> Flow[None]:
+    def leave_flow(self, failed: bool) -> Flow[None]:
         """The end of `with`: releases, then raises LeaseLost unless the body failed already."""
         lost: LeaseLost | None = None
         if not self._released:
@@ -154,12 +174,12 @@ class LeaseState:
                 self.check()
             except LeaseLost as error:
                 lost = error
-        yield from self._release()
+        yield from self.release_flow()
         if lost is not None and not failed:
             raise lost
 
     def __del__(self) -> None:
-        if self.lease_id and not self._released and self._holding is None:
+        if self.lease_id and self._owned and not self._released and self._holding is None:
             self._link.session.drop(self.lease_id)
 
     def __len__(self) -> int:
@@ -179,7 +199,7 @@ def release(link: Link, lease_ids: list[int]) -> Flow[None]:
 def background(link: Link, session: Session) -> list[Flow[None]]:
     """Takes all that is left to do for a session, as flows that never raise."""
     flows = []
-    lease_ids = []
+    lease_ids: list[int] = []
     while session.dropped and len(lease_ids) < wire.LEASES_PER_CALL_MAX:
         lease_ids.append(session.dropped.popleft())
     if lease_ids:

@@ -22,7 +22,8 @@ from typing import Any, Final, TypeVar
 
 from kvtier import wire
 from kvtier.block import NamespaceSpec
-from kvtier.client.session import Session, SessionOptions
+from kvtier.client.handshake import SessionOptions
+from kvtier.client.session import Session
 from kvtier.client.steps import Arrival, Flow, Rpc
 from kvtier.config import default_socket
 from kvtier.errors import (

@@ -60,7 +60,12 @@ class ReservationState:
     again. `reservation_id` 0: there is nothing to write.
     """
 
-    def __init__(self, link: Link, grant: ReserveGrant, keys: Sequence[bytes], shard: int) -> None:
+    _ended = True  # until built: `__del__` may see less
+
+    def __init__(
+        self, owner: object, link: Link, grant: ReserveGrant, keys: Sequence[bytes], shard: int
+    ) -> None:
+        self._owner = owner
         self.reservation_id = grant.reservation_id
         self.covered_count = grant.covered_count
         self.present_count = grant.present_count
@@ -72,14 +77,14 @@ class ReservationState:
             try:
                 places = Places(link.session, grant.table)
             except KvTierError:
-                self._abort_later()
+                self.abort_later()
                 raise
             self.blocks = tuple(
                 ReservedBlock(keys[index], index, places, place)
                 for place, index in enumerate(grant.granted)
             )
 
-    def _commit(
+    def commit_flow(
         self, blocks: Sequence[ReservedBlock] | None, durable: bool, timeout_s: float
     ) -> Flow[CommitResult]:
         if not self.reservation_id or (blocks is not None and not blocks):
@@ -116,7 +121,7 @@ class ReservationState:
         except KeyError:
             raise InvalidRequest("only blocks of this reservation can be committed by it") from None
 
-    def _abort(self, timeout_s: float) -> Flow[None]:
+    def abort_flow(self, timeout_s: float) -> Flow[None]:
         if self._ended:
             return
         self._ended = True
@@ -126,18 +131,20 @@ class ReservationState:
             try:
                 yield from abort(self._link, self.reservation_id, time.monotonic() + timeout_s)
             except KvTierError:
-                self._abort_later()
+                self._ended = False
+                self.abort_later()
 
-    def _abort_later(self) -> None:
+    def abort_later(self) -> None:
         """Notes an abort for the background; what does not get through ends with the session."""
+        if self._ended:
+            return
         self._ended = True
         link, reservation_id = self._link, self.reservation_id
         if link.session.alive:
             link.session.later(lambda: abort_again(link, reservation_id))
 
     def __del__(self) -> None:
-        if not self._ended:
-            self._abort_later()
+        self.abort_later()
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -21,17 +21,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
 from kvtier import wire
-from kvtier.block import MEMORY_LAYOUT_VERSION, PROTOCOL_VERSION
+from kvtier.client import handshake
+from kvtier.client.handshake import SessionOptions
 from kvtier.client.steps import Flow
-from kvtier.errors import DaemonUnavailable, KvTierError, VersionMismatch
+from kvtier.errors import DaemonUnavailable, KvTierError
 from kvtier.tiers.arena import MappedArena
 from kvtier.v1 import session_pb2
 
@@ -42,16 +39,6 @@ JOBS_MAX: Final = 1024
 _FDS_MAX: Final = 4
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """What a session says of itself."""
-
-    path: Path  # of the session socket
-    group: str = ""
-    client_name: str = ""
-    writes: bool = True
 
 
 class Session:
@@ -87,7 +74,9 @@ class Session:
     def start(self) -> concurrent.futures.Future[Session]:
         """Connects in a thread of its own; the future gives this session, alive, or KvTierError."""
         future: concurrent.futures.Future[Session] = concurrent.futures.Future()
-        keep = threading.Thread(target=_keep, args=(self, future), name="kvtier-session", daemon=True)
+        keep = threading.Thread(
+            target=_keep, args=(self, future), name="kvtier-session", daemon=True
+        )
         keep.start()
         return future
 
@@ -96,7 +85,7 @@ class Session:
         try:
             self._socket.settimeout(HANDSHAKE_TIMEOUT_S)
             self._socket.connect(str(options.path))
-            self._socket.send(self._hello().SerializeToString())
+            self._socket.send(handshake.hello(options))
             packet = self._receive(0)
         except TimeoutError:
             raise DaemonUnavailable(
@@ -106,35 +95,11 @@ class Session:
             raise DaemonUnavailable(
                 f"{options.path}: {error.strerror or error}; is `kvtier serve` running?"
             ) from error
-        if packet is None:
-            raise DaemonUnavailable(f"{options.path}: the daemon closed the session at once")
-        kind = packet.WhichOneof("packet")
-        if kind == "refusal":
-            raise wire.error_of(packet.refusal.reason, packet.refusal.message)
-        if kind != "welcome":
-            raise VersionMismatch(f"{options.path}: {kind or 'an unknown packet'} before Welcome")
-        welcome = packet.welcome
-        if (welcome.protocol, welcome.memory_layout) != (PROTOCOL_VERSION, MEMORY_LAYOUT_VERSION):
-            raise VersionMismatch(
-                f"the daemon speaks protocol {welcome.protocol} with memory layout "
-                f"{welcome.memory_layout}, this library {PROTOCOL_VERSION} and "
-                f"{MEMORY_LAYOUT_VERSION}; install the kvtier of the daemon's version"
-            )
+        welcome = handshake.welcome(options, packet)
         self.token, self.tenant = welcome.session_token, welcome.tenant
         self.trust, self.daemon_version = welcome.trust, welcome.daemon_version
         self._socket.setblocking(False)
         self.alive = not self._closing
-
-    def _hello(self) -> session_pb2.Hello:
-        return session_pb2.Hello(
-            protocol_min=PROTOCOL_VERSION,
-            protocol_max=PROTOCOL_VERSION,
-            memory_layout_min=MEMORY_LAYOUT_VERSION,
-            memory_layout_max=MEMORY_LAYOUT_VERSION,
-            group=self.options.group,
-            client_name=self.options.client_name,
-            writes=self.options.writes,
-        )
 
     # --- arenas
 
@@ -193,7 +158,7 @@ class Session:
         try:
             if not payload:
                 return None
-            packet = _decode(payload)
+            packet = handshake.decode(payload)
             if packet.HasField("arena_withdrawn"):
                 self._withdraw(packet.arena_withdrawn.arena_id)
             elif fds:
@@ -264,13 +229,15 @@ class Session:
         poller.register(self._wake_fd, select.POLLIN)
         while self.alive:
             undone = self.dropped or self.jobs
-            if any(fd == self._wake_fd for fd, _ in poller.poll(JOB_RETRY_S * 1000 if undone else None)):
+            if any(
+                fd == self._wake_fd for fd, _ in poller.poll(JOB_RETRY_S * 1000 if undone else None)
+            ):
                 os.eventfd_read(self._wake_fd)
             self.drain()
             self._send_returned()
             if self._closing and not self._holds:
                 self.end()
-            elif self.run_background is not None and (self.dropped or self.jobs):
+            elif self.run_background and not self._closing and (self.dropped or self.jobs):
                 self.run_background(self)
 
     def _send_returned(self) -> None:
@@ -331,13 +298,6 @@ def _keep(session: Session, future: concurrent.futures.Future[Session]) -> None:
         future.set_result(session)
         del future
         session.serve()
-
-
-def _decode(payload: bytes) -> session_pb2.SessionPacket:
-    try:
-        return session_pb2.SessionPacket.FromString(payload)
-    except DecodeError as error:
-        raise VersionMismatch(f"the session socket speaks another protocol: {error}") from error
 
 
 def _note_unmapped(reference: weakref.ref[Session], arena_id: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import Final, overload
+from typing import Any, Final, overload
 
 from kvtier import wire
 from kvtier.block import SLOT_BITS, SlotTable
@@ -76,7 +76,7 @@ class Places:
 class Holding:
     """The books of one lease's Hold; outlives it."""
 
-    __slots__ = ("free", "leaving", "lease_id", "number", "session")
+    __slots__ = ("free", "lease_id", "leaving", "number", "session")
 
     def __init__(self, session: Session, lease_id: int) -> None:
         self.session = session
@@ -100,7 +100,7 @@ class Hold:
         holding = self.holding
         holding.free = True
         holding.session.let_go(holding.number)
-        if not holding.leaving:
+        if holding.lease_id and not holding.leaving:
             holding.session.drop(holding.lease_id)
 
 
@@ -148,8 +148,8 @@ class Views(Sequence[memoryview]):
 
 def _export(arena: MappedArena, hold: Hold) -> memoryview:
     """All of an arena, read-only; whatever is made of it keeps `hold`."""
-    exporter = (ctypes.c_ubyte * arena.size).from_address(arena.address)
-    exporter.hold = hold  # type: ignore[attr-defined] - ctypes arrays take attributes
+    exporter: Any = (ctypes.c_ubyte * arena.size).from_address(arena.address)
+    exporter.hold = hold
     return memoryview(exporter).cast("B").toreadonly()
 
 

@@ -12,11 +12,12 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
-from kvtier.block import Found, Reason
+from kvtier.block import CommitResult, Reason, TierRun
 from kvtier.errors import DaemonUnavailable, DeadlineExceeded, KvTierError, LeaseLost
 
 log = logging.getLogger("kvtier.connector")
@@ -65,29 +66,54 @@ class KeyChain:
 
 
 class Lease(Protocol):
-    """What connectors use of `kvtier.client.Lease`."""
+    """What connectors use of `kvtier.client.Lease`: entering waits until it can be read."""
 
+    @property
+    def block_count(self) -> int: ...
+    @property
+    def reason(self) -> Reason: ...
     @property
     def views(self) -> Sequence[memoryview]: ...
     def check(self) -> None: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
 
 
-class Reservation(Protocol):
-    """What connectors use of `kvtier.client.Reservation`."""
+class LeasedFound(Protocol):
+    """What connectors use of `kvtier.client.LeasedFound`."""
 
     @property
-    def blocks(self) -> Sequence[Any]: ...
-    def commit(self) -> Any: ...
+    def block_count(self) -> int: ...
+    @property
+    def runs(self) -> tuple[TierRun, ...]: ...
+    @property
+    def reason(self) -> Reason: ...
+    @property
+    def lease(self) -> Lease | None: ...
+
+
+class ReservedBlock(Protocol):
+    """What connectors use of `kvtier.client.ReservedBlock`."""
+
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def view(self) -> memoryview: ...
 
 
 class Space(Protocol):
-    """What connectors use of `kvtier.client.Namespace`."""
+    """What connectors use of `kvtier.client.Space`."""
 
-    def lookup(self, keys: Sequence[bytes]) -> Found: ...
-    def lease(self, keys: Sequence[bytes]) -> AbstractContextManager[Lease]: ...
-    def reserve(
-        self, keys: Sequence[bytes], *, parent: bytes | None = None, position: int = 0
-    ) -> AbstractContextManager[Reservation]: ...
+    def lookup(
+        self, keys: Sequence[bytes], *, lease: bool = False, deadline_s: float | None = None
+    ) -> LeasedFound: ...
+    def store(self, keys: Sequence[bytes], fill: Callable[[Any], object]) -> CommitResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +211,9 @@ class Border:
 
     def __repr__(self) -> str:
         failures = self._failures.total()
-        return f"<Border {self.name}: {self.hit_count} of {self.request_count} hit, {failures} failed>"
+        return (
+            f"<Border {self.name}: {self.hit_count} of {self.request_count} hit, {failures} failed>"
+        )
 
 
 def miss_reason(error: BaseException) -> Reason:

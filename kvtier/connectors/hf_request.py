@@ -70,11 +70,12 @@ def rows_of(model: Any, input_ids: torch.Tensor, mask: torch.Tensor | None) -> l
 
 def check_generate(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
     """Raises Unsupported when `generate` with these arguments is not plain decoding."""
-    from transformers import GenerationConfig
+    import transformers
 
     if input_ids.ndim != 2 or not input_ids.numel():
         raise Unsupported("the prompt is not a batch of token ids")
-    settings = GenerationConfig()
+    engine: Any = transformers
+    settings = engine.GenerationConfig()
     for name, value in kwargs.items():
         if name not in _HARMLESS and not hasattr(settings, name) and value is not None:
             raise Unsupported(f"generate() was given {name}")

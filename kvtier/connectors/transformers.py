@@ -1,6 +1,6 @@
 """TransformersCache: a Hugging Face model's prompt KV, kept by kvtier and given back.
 
-    cache = TransformersCache(model)                  # the node's daemon, or its socket, or a Client
+    cache = TransformersCache(model)  # the node's daemon; or give its socket, or a Client
     ids = cache.generate(input_ids, max_new_tokens=64)  # instead of model.generate(...)
 
 A request's life: `restore` looks the prompt's blocks up, leases them and copies them into a new
@@ -21,9 +21,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvtier.block import BlockFormat, Found, Reason
+from kvtier.block import BlockFormat, Reason
 from kvtier.connectors import hf_model
-from kvtier.connectors.base import HASH_ALGORITHM, Border, KeyChain, Lease, Space, miss_reason
+from kvtier.connectors.base import (
+    HASH_ALGORITHM,
+    Border,
+    KeyChain,
+    Lease,
+    LeasedFound,
+    ReservedBlock,
+    Space,
+    miss_reason,
+)
 from kvtier.connectors.hf_model import ModelShape, Unsupported
 from kvtier.connectors.hf_request import Row, check_generate, rows_of
 
@@ -54,8 +63,9 @@ class TransformersCache:
     """Saves and restores the KV of one model. One thread at a time, like the model itself.
 
     `client` is a `kvtier.client.Client`, the path or URL of a socket, or None for the default
-    socket; it is connected at the first use, and a daemon that is not there is a miss.
-    `last` is what the latest `restore` gave, without its cache.
+    socket; it is connected at the first use, and a daemon that is not there is a miss. A lookup
+    answers within `deadline_s` (None: the client's own); with `prefill_tokens_per_s` given, loads
+    slower than computing are not offered. `last` is what the latest `restore` gave, but its cache.
     """
 
     def __init__(
@@ -67,6 +77,8 @@ class TransformersCache:
         model_id: str = "",
         salt: str = "",
         save_generated: bool = False,
+        deadline_s: float | None = None,
+        prefill_tokens_per_s: float = 0.0,
     ) -> None:
         self.model = model
         self.save_generated = save_generated
@@ -78,7 +90,9 @@ class TransformersCache:
         self._socket = client if isinstance(client, str) else None
         self._owns_client = self._client is None
         self._space: Space | None = None
-        self._space_name = ""
+        self._identity = ("", "")
+        self._deadline_s = deadline_s
+        self._prefill_tokens_per_s = prefill_tokens_per_s
         self._shape: ModelShape | None = None
         self._unsupported = ""
 
@@ -104,7 +118,9 @@ class TransformersCache:
         self.save(ids, cache, computed)
         return output
 
-    def restore(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Restored:
+    def restore(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> Restored:
         """The longest prefix every row of the batch has in kvtier, less than the whole prompt."""
         reason = self._refusal(lambda: self._check(input_ids, attention_mask))
         if reason:
@@ -153,20 +169,23 @@ class TransformersCache:
     # --- the two copies
 
     def _restore(self, rows: Sequence[Row], width: int) -> Restored:
-        space, reason, tiers = self._opened(), Reason.NONE, []
+        space, step = self._opened(), self._chain.block_tokens
         wanted = width - 1  # at least one token is left to compute
+        leases: list[Lease] = []
+        tiers: list[list[str]] = []
         with ExitStack() as held:
-            leases = []
             for row in rows:
-                count = -(-(wanted - row.padding) // self._chain.block_tokens)
+                count = -(-(wanted - row.padding) // step)
                 keys = self._chain.keys(row.tokens)[: max(count, 0)]
-                found = space.lookup(keys) if keys else Found(0, reason=Reason.NEVER_STORED)
-                if not found.block_count:
+                if not keys:
+                    return Restored(reason=Reason.NEVER_STORED)
+                found = space.lookup(keys, lease=True, deadline_s=self._deadline_s)
+                if found.lease is None:
                     return Restored(reason=found.reason)
-                lease = held.enter_context(space.lease(keys[: found.block_count]))
-                reason = found.reason if found.reason is not Reason.NONE else reason
-                covered = row.padding + len(lease.views) * self._chain.block_tokens
-                wanted = min(wanted, covered)
+                lease = held.enter_context(found.lease)
+                if not lease.block_count:
+                    return Restored(reason=lease.reason)
+                wanted = min(wanted, row.padding + lease.block_count * step)
                 leases.append(lease)
                 tiers.append(_tiers_of(found))
             if wanted <= max(row.padding for row in rows):
@@ -174,12 +193,11 @@ class TransformersCache:
             kv = self._copied(rows, leases, wanted)
             for lease in leases:
                 lease.check()  # what was copied is what was leased, or LeaseLost
-        used = [-(-(wanted - row.padding) // self._chain.block_tokens) for row in rows]
         by_tier: dict[str, int] = {}
-        for names, count in zip(tiers, used, strict=True):
-            for name in names[:count]:
+        for row, names in zip(rows, tiers, strict=True):
+            for name in names[: -(-(wanted - row.padding) // step)]:
                 by_tier[name] = by_tier.get(name, 0) + 1
-        return Restored(self._filled(kv), wanted, by_tier, reason)
+        return Restored(self._filled(kv), wanted, by_tier)
 
     def _copied(self, rows: Sequence[Row], leases: Sequence[Lease], length: int) -> torch.Tensor:
         """`[layers, 2, rows, heads, length, head_dim]`, from the mapped arenas; padding is zero."""
@@ -204,7 +222,8 @@ class TransformersCache:
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
-        for layer, (keys, values) in zip(cache.layers, kv, strict=True):
+        layers: Any = cache.layers
+        for layer, (keys, values) in zip(layers, kv, strict=True):
             # As its lazy_initialization does (whose arguments differ between releases), and
             # without the copy that update() makes.
             layer.dtype, layer.device, layer.is_initialized = kv.dtype, kv.device, True
@@ -218,17 +237,14 @@ class TransformersCache:
         if not keys:
             return 0
         starts = {key: row.padding + step * i for i, key in enumerate(keys)}
-        stored = 0
-        with self._opened().reserve(keys, parent=None) as reservation:
-            for block in reservation.blocks:
-                start, target = starts[bytes(block.key)], self._tensor(block.view)
-                for number, layer in enumerate(layers):
-                    target[number, 0].copy_(layer.keys[index, :, start : start + step])
-                    target[number, 1].copy_(layer.values[index, :, start : start + step])
-                stored += 1
-            if stored:
-                reservation.commit()
-        return stored
+
+        def fill(block: ReservedBlock) -> None:
+            start, target = starts[bytes(block.key)], self._tensor(block.view)
+            for number, layer in enumerate(layers):
+                target[number, 0].copy_(layer.keys[index, :, start : start + step])
+                target[number, 1].copy_(layer.values[index, :, start : start + step])
+
+        return self._opened().store(keys, fill).stored_count
 
     def _tensor(self, view: memoryview) -> torch.Tensor:
         """A block's bytes as `[layers, 2, heads, tokens, head_dim]`, without a copy.
@@ -249,14 +265,15 @@ class TransformersCache:
 
     def _opened(self) -> Space:
         """The namespace of this model as it is now; a new one when its weights have changed."""
-        name = hf_model.weights_fingerprint(self.model) + hf_model.engine_config(self.model)
-        if self._space is None or name != self._space_name:
+        weights = hf_model.weights_fingerprint(self.model)
+        config = hf_model.engine_config(self.model)
+        if self._space is None or (weights, config) != self._identity:
             if self._client is None:
                 from kvtier.client import Client
 
-                self._client = Client(self._socket) if self._socket else Client()
+                self._client = Client(self._socket, client_name=f"transformers {self._model_id}")
             shape = self._shape_known()
-            self._space = self._client.open_namespace(
+            self._space = self._client.space(
                 model=self._model_id,
                 format=BlockFormat(
                     layers=shape.layers,
@@ -266,12 +283,13 @@ class TransformersCache:
                     block_tokens=self._chain.block_tokens,
                     layout=LAYOUT,
                 ),
-                weights=hf_model.weights_fingerprint(self.model),
-                engine_config=hf_model.engine_config(self.model),
+                weights=weights,
+                engine_config=config,
                 hash_algorithm=HASH_ALGORITHM,
                 hash_seed=self._chain.salt,
+                prefill_tokens_per_s=self._prefill_tokens_per_s,
             )
-            self._space_name = name
+            self._identity = (weights, config)
         assert self._space is not None
         return self._space
 
@@ -295,12 +313,12 @@ class TransformersCache:
         assert self._shape is not None, "asked before _check()"
         return self._shape
 
-    def _layers_of(self, cache: DynamicCache, row_count: int) -> Sequence[Any]:
+    def _layers_of(self, cache: DynamicCache, row_count: int) -> Any:
         """The cache's layers if they are what the namespace says; otherwise none, from now on."""
         from transformers.cache_utils import DynamicLayer
 
         shape = self._shape_known()
-        layers = cache.layers
+        layers: Any = cache.layers
         size = (row_count, shape.kv_heads, cache.get_seq_length(), shape.head_dim)
         for layer in layers:
             plain = type(layer) is DynamicLayer and layer.is_initialized
@@ -335,7 +353,7 @@ class TransformersCache:
         return f"<TransformersCache {self._model_id}: {self.border!r}>"
 
 
-def _tiers_of(found: Found) -> list[str]:
+def _tiers_of(found: LeasedFound) -> list[str]:
     """The tier of each found block, first to last."""
     return [run.tier.label for run in found.runs for _ in range(run.block_count)]
 

@@ -52,11 +52,10 @@ class Chains:
 
     # --- places
 
-    def insert(
-        self, space: Namespace, key: bytes, parent: bytes, position: int
-    ) -> tuple[Run, int]:
+    def insert(self, space: Namespace, key: bytes, parent: bytes, position: int) -> tuple[Run, int]:
         """The key's place, made if there is none. `position` counts only when the parent is
-        not known. Raises nothing."""
+        not known. Raises nothing.
+        """
         found = self.find(space, key)
         if found is not None:
             return found
@@ -103,6 +102,41 @@ class Chains:
         while run.id != ancestor_id and run.parent:
             run = self.runs[run.parent]
         return run.id == ancestor_id
+
+    def adopt(
+        self,
+        space: Namespace,
+        tier: TierId,
+        *,
+        parent: bytes,
+        position: int,
+        keys: Sequence[bytes],
+        slots: array[int],
+        checksums: array[int],
+    ) -> Run:
+        """A whole unbranched stretch, found again at start, as one new run held in the tier.
+
+        None of its keys may be placed yet; its parent, if it exists, must end a run.
+        """
+        at_parent = self.find(space, parent) if parent else None
+        if at_parent is not None:
+            position = at_parent[0].position + len(at_parent[0])
+        run = self._new_run(space, parent, position)
+        run.keys = bytearray().join(keys)
+        run.state = bytearray((1 << tier,)) * len(keys)
+        run.slots[tier], run.checksums = slots, checksums
+        run.held[tier] = len(keys)
+        space.block_count += len(keys)
+        first = run.id * RUN_BLOCKS_MAX
+        space.index.update(zip(keys, range(first, first + len(keys)), strict=True))
+        self.policies[tier].add(run.id)
+        self.slots[tier].set_owner(slots, run.id)
+        if at_parent is not None:
+            assert at_parent[1] + 1 == len(at_parent[0]), "a branch inside a run"
+            self._attach(at_parent[0], run)
+        elif parent:
+            space.orphans.setdefault(parent, []).append(run.id)
+        return run
 
     def _attach(self, run: Run, child: Run) -> None:
         child.parent = run.id

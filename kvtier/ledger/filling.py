@@ -91,7 +91,9 @@ class Filling:
             if self._is_present(space, key, shard):
                 present += 1
             else:
-                slot = self._slot_for(space, key, parent, position + index, shard, slots, deadline_s)
+                slot = self._slot_for(
+                    space, key, parent, position + index, shard, slots, deadline_s
+                )
                 if slot is None or len(entries) >= count_max:
                     if slot is not None:
                         self._give_back_slot(space, key, shard, slot)
@@ -105,7 +107,14 @@ class Filling:
         if not entries:
             return Offer(None, (), covered, present)
         reservation = Reservation(
-            self._ledger.next_id(), session_id, space, space.epoch, shard, deadline_s, now_s, entries
+            self._ledger.next_id(),
+            session_id,
+            space,
+            space.epoch,
+            shard,
+            deadline_s,
+            now_s,
+            entries,
         )
         self.reservations[reservation.id] = reservation
         return Offer(reservation, tuple(granted), covered, present)
@@ -195,7 +204,8 @@ class Filling:
         self, reservation: Reservation, entries: Sequence[Entry], checksums: Sequence[int]
     ) -> Filled:
         """The bytes are in their slots: FILLING -> READY. Of an ended reservation nothing is
-        stored: its slots go back."""
+        stored: its slots go back.
+        """
         space, shard = reservation.space, reservation.shard
         ready: list[bytes] = []
         duplicates = partials = 0

@@ -81,7 +81,8 @@ class Reservation:
 @dataclass(slots=True, eq=False)
 class Partial:
     """A block of a multi-shard format on its way: room for all shards was taken at once, so that
-    no two blocks can starve each other, and it becomes readable when the last shard commits."""
+    no two blocks can starve each other, and it becomes readable when the last shard commits.
+    """
 
     space: Namespace
     key: bytes

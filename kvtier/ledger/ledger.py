@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from kvtier.block import (
+    SLOT_BITS,
     Found,
     Keys,
     NamespaceSpec,
@@ -36,12 +38,25 @@ from kvtier.ledger.chains import Chains
 from kvtier.ledger.holdings import Lease
 from kvtier.ledger.policy import make_policy
 from kvtier.ledger.search import Span
-from kvtier.ledger.slots import TierSlots
-from kvtier.units import div_ceil
+from kvtier.ledger.slots import SlotClass, TierSlots
 
-_REASONS = {"evicted": Reason.EVICTED, "corrupt": Reason.CORRUPT}
-# An erasure: the slot's tier, number, size, and what it was said to hold.
-Erasure = tuple[TierId, int, int, SlotLabel]
+# Why a key is gone: taken for room, by an explicit evict or clear, or damaged.
+DISPLACED, EVICTED, CORRUPT = "displaced", "evicted", "corrupt"
+_REASONS = {DISPLACED: Reason.EVICTED, EVICTED: Reason.EVICTED, CORRUPT: Reason.CORRUPT}
+
+
+@dataclass(slots=True, eq=False)
+class Erasure:
+    """A slot below whose record must go before the slot is free again. `wipe`: durably, header
+    and all, because somebody asked for it to be gone (explicit evict, clear).
+    """
+
+    tier: TierId
+    slot: int
+    slot_bytes: int
+    label: SlotLabel
+    wipe: bool
+    slot_class: SlotClass
 
 
 class Ledger:
@@ -80,9 +95,9 @@ class Ledger:
         # Slots of blocks that are gone but still read: (tier, slot) -> holders (leases, moves).
         self._doomed: dict[tuple[TierId, int], set[int]] = {}
         self._doomed_of: dict[int, list[tuple[TierId, int]]] = {}
-        self._doomed_labels: dict[tuple[TierId, int], SlotLabel] = {}
+        self._doomed_erasures: dict[tuple[TierId, int], Erasure] = {}
         self._erasures: list[Erasure] = []
-        self._erasing = dict.fromkeys(self.tiers, 0)
+        self.erasing: dict[tuple[TierId, SlotClass], int] = {}
         self._condemned: list[int] = []
         # Which runs a block's moves read from: set by moves.py, asked before a slot is freed.
         self.readers: dict[tuple[TierId, int], set[int]] = {}
@@ -105,7 +120,9 @@ class Ledger:
         if known is not None:
             return self.spaces[known]
         if len(self.spaces) >= self._namespaces_max:
-            raise LimitReached(f"{len(self.spaces)} namespaces (limits.namespaces_max) exist already")
+            raise LimitReached(
+                f"{len(self.spaces)} namespaces (limits.namespaces_max) exist already"
+            )
         slot_bytes = [0] * TIER_COUNT
         for tier, plan in self.plans.items():
             slot_bytes[tier] = plan.slot_bytes(spec.format.shard_bytes)
@@ -167,9 +184,7 @@ class Ledger:
                 if space.needed_blocks is None:
                     count = _length(self._full(space, keys, limit))
                 else:
-                    count = search.window(
-                        space, self.chains.runs, keys, limit, space.needed_blocks
-                    )
+                    count = search.window(space, self.chains.runs, keys, limit, space.needed_blocks)
                 tokens = min(tokens, count * space.block_tokens)
             if tokens == before:
                 break
@@ -182,7 +197,7 @@ class Ledger:
         if count < len(keys):
             key = keys[count]
             placed = key in space.index
-            note = space.recent.get(hash(key), "evicted" if placed else "")
+            note = space.recent.get(hash(key), EVICTED if placed else "")
             reason = _REASONS.get(note, Reason.NEVER_STORED)
             if placed and search.is_ready(space, self.chains.runs, key):
                 # It is there, but another group of the same request has less.
@@ -249,13 +264,12 @@ class Ledger:
 
     def lease_spans(self, lease: Lease) -> list[Span]:
         """Where the lease's needed blocks lie now. A block that was lost or evicted meanwhile
-        shortens the lease (`count`, `reason`)."""
+        shortens the lease (`count`, `reason`).
+        """
         runs, space = self.chains.runs, lease.space
-        spans, gap = search.back_to(
-            space, runs, lease.keys, lease.first_needed, lease.count - 1
-        )
+        spans, gap = search.back_to(space, runs, lease.keys, lease.first_needed, lease.count - 1)
         while gap >= 0:
-            note = space.recent.get(hash(lease.keys[gap]), "evicted")
+            note = space.recent.get(hash(lease.keys[gap]), EVICTED)
             lease.reason = _REASONS.get(note, Reason.EVICTED)
             lease.count = gap
             if space.needed_blocks is not None:
@@ -304,11 +318,13 @@ class Ledger:
 
     def free(self, run: Run, place: int, tier: TierId, why: str) -> None:
         """Drops a copy. Its slots are free at once, or when the last lease or move that may read
-        them ends; a slot of a tier with records is erased first. Does not trim."""
-        label_of = self._labels(run, place) if tier is TierId.SSD else ()
+        them ends; a slot of a tier with records is erased first. Does not trim.
+        """
+        shards = range(run.space.shards)
+        labels = [self.label(run, place, shard) for shard in shards] if tier is TierId.SSD else []
         slots = self.chains.drop_copy(run, place, tier)
-        slot_bytes = run.space.slot_bytes[tier]
         for shard, slot in enumerate(slots):
+            erasure = self._erasure(tier, slot, labels[shard], why) if labels else None
             holders = set(self.readers.get((tier, slot), ()))
             if run.leases and tier is not TierId.SSD:
                 holders |= run.leases
@@ -316,10 +332,10 @@ class Ledger:
                 self._doomed[tier, slot] = holders
                 for holder in holders:
                     self._doomed_of.setdefault(holder, []).append((tier, slot))
-                if label_of:
-                    self._doomed_labels[tier, slot] = label_of[shard]
-            elif label_of:
-                self._erase(tier, slot, slot_bytes, label_of[shard])
+                if erasure is not None:
+                    self._doomed_erasures[tier, slot] = erasure
+            elif erasure is not None:
+                self._erase(erasure)
             else:
                 self.slots[tier].release((slot,))
         if not run.state[place]:
@@ -333,26 +349,29 @@ class Ledger:
             if holders:
                 continue
             del self._doomed[tier, slot]
-            label = self._doomed_labels.pop((tier, slot), None)
-            if label is None:
+            erasure = self._doomed_erasures.pop((tier, slot), None)
+            if erasure is None:
                 self.slots[tier].release((slot,))
             else:
-                slot_class = self.slots[tier].segments[slot >> 20].slot_class
-                assert slot_class is not None
-                self._erase(tier, slot, slot_class[1], label)
+                self._erase(erasure)
 
-    def _erase(self, tier: TierId, slot: int, slot_bytes: int, label: SlotLabel) -> None:
-        self._erasures.append((tier, slot, slot_bytes, label))
-        self._erasing[tier] += 1
+    def _erasure(self, tier: TierId, slot: int, label: SlotLabel, why: str) -> Erasure:
+        slot_class = self.slots[tier].segments[slot >> SLOT_BITS].slot_class
+        assert slot_class is not None
+        return Erasure(tier, slot, slot_class[1], label, why == EVICTED, slot_class)
 
-    def discard_target(self, tier: TierId, slots: Sequence[int], labels: Sequence[SlotLabel], *,
-                       written: bool) -> None:
+    def _erase(self, erasure: Erasure) -> None:
+        self._erasures.append(erasure)
+        key = (erasure.tier, erasure.slot_class)
+        self.erasing[key] = self.erasing.get(key, 0) + 1
+
+    def discard_target(
+        self, tier: TierId, slots: Sequence[int], labels: Sequence[SlotLabel], *, written: bool
+    ) -> None:
         """Gives back slots acquired for a copy that is not wanted any longer."""
         if tier is TierId.SSD and written:
             for slot, label in zip(slots, labels, strict=True):
-                segment = self.slots[tier].segments[slot >> 20]
-                assert segment.slot_class is not None
-                self._erase(tier, slot, segment.slot_class[1], label)
+                self._erase(self._erasure(tier, slot, label, EVICTED))
         else:
             self.slots[tier].release(slots)
 
@@ -363,12 +382,9 @@ class Ledger:
 
     def erased(self, erasures: Iterable[Erasure]) -> None:
         """The records are gone: the slots are free."""
-        for tier, slot, _, _ in erasures:
-            self._erasing[tier] -= 1
-            self.slots[tier].release((slot,))
-
-    def _labels(self, run: Run, place: int) -> tuple[SlotLabel, ...]:
-        return tuple(self.label(run, place, shard) for shard in range(run.space.shards))
+        for erasure in erasures:
+            self.erasing[erasure.tier, erasure.slot_class] -= 1
+            self.slots[erasure.tier].release((erasure.slot,))
 
     def label(self, run: Run, place: int, shard: int) -> SlotLabel:
         """What a copy of this shard is said to be, on disk and in checks."""
@@ -400,7 +416,8 @@ class Ledger:
 
     def evict(self, space: Namespace, keys: Keys) -> list[bytes]:
         """Forgets these blocks and all their descendants, leased or not (a lease keeps the bytes,
-        hidden, until it ends). Returns the keys forgotten."""
+        hidden, until it ends). Returns the keys forgotten.
+        """
         space.accept_key_size(keys.size)
         gone: list[bytes] = []
         for key in keys.split():
@@ -413,30 +430,32 @@ class Ledger:
             subtree = self.chains.subtree(run)
             for member in reversed(subtree):
                 gone.extend(member.key(p) for p in range(len(member)) if member.state[p])
-                self.forget(member, range(len(member)), "evicted")
+                self.forget(member, range(len(member)), EVICTED)
             for member in reversed(subtree):
                 if member.id in self.chains.runs:
                     member.pins = 0
-                    self.chains.trim(member, "evicted")
+                    self.chains.trim(member, EVICTED)
         self.evicted_blocks += len(gone)
         return gone
 
     def lose(self, space: Namespace, key: bytes, tier: TierId) -> None:
         """A copy turned out damaged: it is dropped and never served. Its place stays while
-        descendants live, at most `placeholders_max` of them in a namespace."""
+        descendants live, at most `placeholders_max` of them in a namespace.
+        """
         found = self.chains.find(space, key)
         if found is None or not found[0].state[found[1]] >> tier & 1:
             return
         run, place = found
         self.corrupt_blocks += 1
-        self.free(run, place, tier, "corrupt")
-        self.chains.trim(run, "corrupt")
+        self.free(run, place, tier, CORRUPT)
+        self.chains.trim(run, CORRUPT)
         if space.placeholder_count > self._placeholders_max:
             self.evict(space, Keys(key, len(key)))
 
     def clear(self, space: Namespace) -> int:
         """Starts a new epoch: nothing stored before is found any longer. Returns the blocks that
-        died. Their slots come back piece by piece: call `reap`."""
+        died. Their slots come back piece by piece: call `reap`.
+        """
         count = space.block_count
         for run in self.chains.runs.values():
             if run.space is space and not run.condemned:
@@ -466,10 +485,11 @@ class Ledger:
             # A split of a condemned run makes new ones: take the whole subtree, leaves first.
             subtree = self.chains.subtree(run)
             for member in reversed(subtree):
-                blocks_max -= max(1, self.forget(member, range(len(member)), "evicted"))
+                # Not wiped one by one: the new epoch, on disk, is what keeps them dead.
+                blocks_max -= max(1, self.forget(member, range(len(member)), DISPLACED))
             for member in reversed(subtree):
                 if member.id in self.chains.runs:
-                    self.chains.trim(member, "evicted")
+                    self.chains.trim(member, DISPLACED)
         return bool(self._condemned)
 
     # --- pins
@@ -505,6 +525,11 @@ class Ledger:
 
     # --- books
 
+    @property
+    def is_erasing(self) -> bool:
+        """Whether slots wait for their records to go."""
+        return any(self.erasing.values())
+
     def dirty_blocks(self) -> int:
         """Blocks with a copy in the first tier and in none below."""
         top = 1 << self.top
@@ -512,18 +537,20 @@ class Ledger:
 
     def check(self, *, held: dict[TierId, int] | None = None) -> None:
         """Raises InvariantViolated when the books disagree. `held`: slots that reservations,
-        partials and moves hold, by tier (moves.py and holders know them). O(blocks)."""
+        partials and moves hold, by tier (moves.py and holders know them). O(blocks).
+        """
         self.chains.check()
         for tier, slots in self.slots.items():
             slots.check()
             copies = sum(r.held[tier] * r.space.shards for r in self.chains.runs.values())
             doomed = sum(1 for doomed_tier, _ in self._doomed if doomed_tier is tier)
-            expected = copies + doomed + self._erasing[tier] + (held or {}).get(tier, 0)
+            erasing = sum(n for (erased, _), n in self.erasing.items() if erased is tier)
+            expected = copies + doomed + erasing + (held or {}).get(tier, 0)
             used = slots.counts().used_slots
             if used != expected:
                 raise InvariantViolated(
                     f"{tier.label}: {used} slots used, but {copies} of copies, {doomed} doomed, "
-                    f"{self._erasing[tier]} being erased, {(held or {}).get(tier, 0)} held"
+                    f"{erasing} being erased, {(held or {}).get(tier, 0)} held"
                 )
         for lease in self.leases.values():
             for run_id in lease.runs:
@@ -559,8 +586,3 @@ def segments_of(slots: array[int]) -> set[int]:
     halves.frombytes(slots.tobytes())
     # Little endian: the upper half of each u32 comes second; its upper 12 bits are the segment.
     return {half >> 4 for half in set(halves[1::2])}
-
-
-def blocks_of_bytes(size_bytes: int, slot_bytes: int) -> int:
-    """Slots that make room of this many bytes."""
-    return div_ceil(size_bytes, slot_bytes)

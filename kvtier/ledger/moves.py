@@ -22,7 +22,7 @@ from itertools import islice
 from kvtier.block import Keys, Move, Route, TierId
 from kvtier.errors import InvariantViolated, KvTierError
 from kvtier.ledger.chain import Namespace, Run
-from kvtier.ledger.ledger import Ledger
+from kvtier.ledger.ledger import DISPLACED, Ledger
 from kvtier.ledger.search import Span
 
 # Runs looked at in one search for room; the rest are looked at by the next.
@@ -45,7 +45,8 @@ class Moves:
 
     def make_room(self, tier: TierId, space: Namespace, count: int) -> list[Move]:
         """Frees room for `count` slots of this namespace's size in the tier, now or when the
-        returned moves (and erasures) are done. May free less: ask again after progress."""
+        returned moves (and erasures) are done. May free less: ask again after progress.
+        """
         tenant, slot_bytes = space.tenant, space.slot_bytes[tier]
         moves: list[Move] = []
         short = count - self._expected(tier, tenant, slot_bytes)
@@ -65,6 +66,7 @@ class Moves:
     def _expected(self, tier: TierId, tenant: str, slot_bytes: int) -> int:
         """Slots free now, or soon by moves and erasures that are under way."""
         leaving = self._leaving.get((tier, tenant, slot_bytes), 0)
+        leaving += self._ledger.erasing.get((tier, (tenant, slot_bytes)), 0)
         return self._ledger.slots[tier].available(tenant, slot_bytes) + leaving
 
     def shrink_to(self, tier: TierId, used_bytes: int) -> list[Move]:
@@ -108,11 +110,11 @@ class Moves:
             if self._is_read(run, place, tier):
                 continue  # leaving already, or being copied up: not to be taken twice
             if state >> (tier + 1):
-                ledger.free(run, place, tier, "evicted")
+                ledger.free(run, place, tier, DISPLACED)
             elif lower is None:
                 if run.pins:
                     break
-                ledger.free(run, place, tier, "evicted")
+                ledger.free(run, place, tier, DISPLACED)
                 ledger.evicted_blocks += 1
             else:
                 move = self._plan(run, place, Route(tier, lower), drop_source=True)
@@ -120,7 +122,7 @@ class Moves:
                     break
                 moves.append(move)
             slot_count -= shards
-        ledger.chains.trim(run, "evicted")
+        ledger.chains.trim(run, DISPLACED)
 
     def _next_below(self, tier: TierId) -> TierId | None:
         """The next tier down that takes copies now; None = this is the last."""
@@ -132,7 +134,8 @@ class Moves:
 
     def _empty_a_segment(self, tier: TierId, space: Namespace, moves: list[Move]) -> None:
         """The tier has no room for this slot size or tenant: empties the segment (of another
-        class) whose most recently used run is the oldest."""
+        class) whose most recently used run is the oldest.
+        """
         ledger, slots = self._ledger, self._ledger.slots[tier]
         mine = (space.tenant, space.slot_bytes[tier])
         rank = {run_id: n for n, run_id in enumerate(ledger.chains.policies[tier].order())}
@@ -140,7 +143,9 @@ class Moves:
         for segment in slots.segments:
             if segment.slot_class is None or segment.slot_class == mine:
                 continue
-            if segment.slot_class[0] != space.tenant and self._is_guaranteed(tier, segment.slot_class[0]):
+            if segment.slot_class[0] != space.tenant and self._is_guaranteed(
+                tier, segment.slot_class[0]
+            ):
                 continue
             owners = set(slots.owners(segment.index))
             runs = [ledger.chains.runs[owner] for owner in owners]
@@ -167,19 +172,20 @@ class Moves:
             if all(slot >> 20 != segment for slot in run.slots_of(place, tier)):
                 continue
             if run.state[place] >> (tier + 1) or (lower is None and not run.pins):
-                self._ledger.free(run, place, tier, "evicted")
+                self._ledger.free(run, place, tier, DISPLACED)
             elif lower is not None:
                 move = self._plan(run, place, Route(tier, lower), drop_source=True)
                 if move is None:
                     break
                 moves.append(move)
-        self._ledger.chains.trim(run, "evicted")
+        self._ledger.chains.trim(run, DISPLACED)
 
     # --- planning one
 
     def _plan(self, run: Run, place: int, route: Route, *, drop_source: bool) -> Move | None:
         """A move of this block, its target slots acquired; None when there is no room (room below
-        is made for the next try), too many are running, or one to that tier is running."""
+        is made for the next try), too many are running, or one to that tier is running.
+        """
         ledger, space = self._ledger, run.space
         key = run.key(place)
         target_key = (space.id, key, route.target)
@@ -227,7 +233,8 @@ class Moves:
 
     def promote(self, space: Namespace, spans: list[Span], count_max: int) -> list[Move]:
         """Moves that bring these blocks to the first tier, shallow ones first; as many as find
-        room now, and demotions that make room for the rest. Ask again after progress."""
+        room now, and demotions that make room for the rest. Ask again after progress.
+        """
         top, moves = self._ledger.top, []
         wanted = [
             (run.id, run.key(place))
@@ -285,7 +292,8 @@ class Moves:
 
     def finish_move(self, move: Move) -> bool:
         """The target holds the bytes: it becomes a copy, the source of a demotion is freed. False
-        when the block went away meanwhile: the target is given back."""
+        when the block went away meanwhile: the target is given back.
+        """
         ledger, route = self._ledger, move.route
         space = self._end(move)
         found = ledger.chains.find(space, move.labels[0].key)
@@ -301,7 +309,8 @@ class Moves:
             ledger.end_holder(move.id)
             return False
         run, place = found
-        ledger.chains.put_copy(run, place, route.target, move.target_slots)
+        checksums = [label.checksum for label in move.labels]
+        ledger.chains.put_copy(run, place, route.target, move.target_slots, checksums)
         bit = 1 << route.source
         if (
             move.drop_source
@@ -310,7 +319,7 @@ class Moves:
             and tuple(run.slots_of(place, route.source)) == move.source_slots
             and not self._is_read(run, place, route.source)
         ):
-            ledger.free(run, place, route.source, "evicted")
+            ledger.free(run, place, route.source, DISPLACED)
         ledger.end_holder(move.id)
         return True
 
@@ -318,13 +327,16 @@ class Moves:
     def _same_bytes(move: Move, run: Run, place: int) -> bool:
         shards = run.space.shards
         checksums = run.checksums[place * shards : (place + 1) * shards]
+        # 0: not taken yet (single-tenant trust); the tier that wrote it took it.
         return all(
-            label.checksum == known for label, known in zip(move.labels, checksums, strict=True)
+            known in (0, label.checksum)
+            for label, known in zip(move.labels, checksums, strict=True)
         )
 
     def abort_move(self, move: Move, *, source_corrupt: bool, written: bool = False) -> None:
         """It failed: the target is given back, the source stays, unless its bytes are damaged:
-        then that copy is lost."""
+        then that copy is lost.
+        """
         ledger = self._ledger
         space = self._end(move)
         ledger.discard_target(move.route.target, move.target_slots, move.labels, written=written)

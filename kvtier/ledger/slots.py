@@ -117,7 +117,9 @@ class TierSlots:
     def _own(self, slot_class: SlotClass) -> int:
         tenant, slot_bytes = slot_class
         # Prefer a segment this tenant's clients map already: nothing to hand over again.
-        choice = next((s for s in reversed(self._free_segments) if self.segments[s].home == tenant), None)
+        choice = next(
+            (s for s in reversed(self._free_segments) if self.segments[s].home == tenant), None
+        )
         if choice is None:
             choice = next(s for s in reversed(self._free_segments) if self.segments[s].home is None)
         self._free_segments.remove(choice)
@@ -141,32 +143,39 @@ class TierSlots:
         by_tenant = self.used_bytes_by_tenant
         by_tenant[tenant] = by_tenant.get(tenant, 0) + size_bytes
 
-    def claim(self, slot: int, slot_class: SlotClass) -> bool:
-        """Takes one particular slot, found again at start. False: it cannot be so (two claims
-        on one slot, a segment of another class, out of range); nothing was changed."""
-        index = slot >> SLOT_BITS
-        if index >= len(self.segments) or slot_class[1] > self.plan.size_bytes:
-            return False
-        segment = self.segments[index]
-        if segment.slot_class is None:
-            self._free_segments.remove(index)
-            self._open_as(index, slot_class)
-        if segment.slot_class != slot_class or slot & _INDEX_MASK >= segment.slot_count:
-            return False
-        # Recovery claims in the order the stack hands out as a rule; else it is searched.
-        if segment.free and segment.free[-1] == slot:
-            segment.free.pop()
-        else:
-            try:
-                segment.free.remove(slot)
-            except ValueError:
-                return False
-        segment.used += 1
-        self._open_slots[slot_class] -= 1
-        if not segment.free:
-            del self._open[slot_class][index]
-        self._count(slot_class[0], slot_class[1])
-        return True
+    def claim_all(self, slots: Iterable[int], slot_class: SlotClass) -> set[int]:
+        """Takes these particular slots, found again at start. Returns those that cannot be so (two
+        claims on one slot, a segment of another class, out of range): they were not taken.
+        """
+        by_segment: dict[int, list[int]] = {}
+        for slot in slots:
+            by_segment.setdefault(slot >> SLOT_BITS, []).append(slot)
+        refused: set[int] = set()
+        for index, claimed in by_segment.items():
+            if index >= len(self.segments) or slot_class[1] > self.plan.size_bytes:
+                refused.update(claimed)
+                continue
+            segment = self.segments[index]
+            if segment.slot_class is None:
+                self._free_segments.remove(index)
+                self._open_as(index, slot_class)
+            free = set(segment.free) if segment.slot_class == slot_class else set()
+            taken = free.intersection(claimed)
+            refused.update(slot for slot in claimed if slot not in taken)
+            self._take_particular(segment, free - taken, len(taken), slot_class)
+        return refused
+
+    def _take_particular(
+        self, segment: Segment, left: set[int], count: int, slot_class: SlotClass
+    ) -> None:
+        if not count:
+            return
+        segment.free = array("I", sorted(left, reverse=True))
+        segment.used += count
+        self._open_slots[slot_class] -= count
+        if not left:
+            del self._open[slot_class][segment.index]
+        self._count(slot_class[0], count * slot_class[1])
 
     def release(self, slots: Iterable[int]) -> None:
         """Slots are free again. Raises InvariantViolated for one that was not in use."""
@@ -236,7 +245,9 @@ class TierSlots:
             if len(set(segment.free)) != len(segment.free):
                 raise InvariantViolated(f"segment {segment.index}: a slot is free twice")
             used_bytes += segment.used * segment.slot_class[1]
-            open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + len(segment.free)
+            open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + len(
+                segment.free
+            )
         if used_bytes != self.used_bytes:
             raise InvariantViolated(f"{used_bytes} bytes used, {self.used_bytes} in the books")
         for slot_class, count in self._open_slots.items():

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import struct
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,14 +43,14 @@ _PEERCRED: Final = struct.Struct("iII")  # pid, uid, gid
 class Connection:
     """One client's session socket, from accept to its end. Event loop only.
 
-    `session` is there once the Hello was accepted. `answers` (request id -> what was answered or
-    still runs) and `watches` (running Watch calls) belong to `cache_service` and end with it.
+    `session` is there once the Hello was accepted. `answers` (by request id) and
+    `watches` (running Watch calls) belong to `cache_service` and end with the connection.
     """
 
     def __init__(self, server: SessionServer, peer: socket.socket, tenants: Tenants) -> None:
         self.session: Session | None = None
         self.token = b""
-        self.answers: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self.answers = server.new_answers()
         self.watches: set[asyncio.Task[Any]] = set()
         self.ended = False
         self._server = server

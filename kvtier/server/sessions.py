@@ -14,10 +14,11 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvtier.config import Config, TenantConfig
 from kvtier.errors import LimitReached, PermissionDenied, Unauthenticated
+from kvtier.server.answers import Answers
 from kvtier.server.connection import Connection
 from kvtier.session import Session
 from kvtier.store import Store
@@ -56,8 +57,12 @@ class Tenants:
 class SessionServer:
     """All connections of all session sockets. Event loop only."""
 
-    def __init__(self, store: Store, config: Config) -> None:
+    def __init__(
+        self, store: Store, config: Config, *, fatal: Callable[[BaseException], object]
+    ) -> None:
         self.store = store
+        self.request_ids_max = config.limits.request_ids_max  # may change live
+        self._fatal = fatal
         self._trust = config.server.trust
         self._sessions_max = config.server.sessions_max
         self._listeners: list[socket.socket] = []
@@ -126,6 +131,10 @@ class SessionServer:
         )
         connection.welcome(session, token, self._trust)
 
+    def new_answers(self) -> Answers:
+        """An empty memory for a new connection's calls."""
+        return Answers(lambda: self.request_ids_max, self._fatal)
+
     def by_token(self, token: bytes) -> Session:
         """The session with this token. Raises Unauthenticated when there is none (any more)."""
         session = self.connection(token).session
@@ -143,6 +152,12 @@ class SessionServer:
         """The connection ended: its token is nobody's."""
         self._connections.discard(connection)
         self._attached.pop(connection.token, None)
+
+    def end_watches(self) -> None:
+        """Cancels every Watch call: they have no end of their own."""
+        for connection in self._connections:
+            for task in connection.watches:
+                task.cancel()
 
     def stop(self) -> None:
         """Accepts no more and ends every session. Idempotent."""

@@ -1,4 +1,4 @@
-"""Directories, the lock of a state directory, and Unix sockets that appear whole or not at all.
+"""SocketPath: Unix sockets that appear whole or not at all, and are removed only by their owner.
 
 A socket is bound under a temporary name and renamed: what is at the final path always listens, and
 a daemon that runs is never robbed of its path. Does not: accept anything.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import socket
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,51 +19,6 @@ from kvtier.errors import AlreadyRunning, DeviceUnavailable
 SESSION_BACKLOG = 128
 CLIENT_SOCKET_MODE = 0o660
 ADMIN_SOCKET_MODE = 0o600
-
-
-def make_directories(state_dir: Path, sockets: Iterable[Path]) -> None:
-    """The state directory (0700) and those of sockets (0750) exist; existing ones are left alone.
-
-    Raises:
-        DeviceUnavailable: one of them cannot be made; says which and why.
-    """
-    for directory, mode in [(state_dir, 0o700), *((path.parent, 0o750) for path in sockets)]:
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            directory.mkdir(mode=mode, exist_ok=True)
-        except OSError as error:
-            raise DeviceUnavailable(f"directory {directory}: {error.strerror}") from error
-
-
-class StateLock:
-    """The right to use a state directory, until the process ends. Holds `lock` in it open.
-
-    Raises:
-        AlreadyRunning: names the holder's pid; nothing of the holder was touched.
-        DeviceUnavailable: the file cannot be opened.
-    """
-
-    def __init__(self, state_dir: Path) -> None:
-        path = state_dir / "lock"
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DeviceUnavailable(f"{path}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._fd)
-            raise AlreadyRunning(
-                f"a kvtier daemon with pid {holder} uses {state_dir}; "
-                "stop it, or set another state.dir"
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-
-    def close(self) -> None:
-        """The directory is free for another daemon. The file stays: removing it would race."""
-        os.close(self._fd)
 
 
 class SocketPath:
@@ -136,13 +89,3 @@ def _somebody_listens(path: Path) -> bool:
         if problem != errno.EPROTOTYPE:
             return problem in (0, errno.EAGAIN)  # EAGAIN: its backlog is full
     return False
-
-
-def notify_service_manager(state: str) -> None:
-    """Tells systemd (`NOTIFY_SOCKET`) a state like READY=1; does nothing when nobody asked."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as target:
-        target.connect("\0" + address[1:] if address.startswith("@") else address)
-        target.sendall(state.encode())

@@ -58,5 +58,5 @@ def random_tokens(count: int, *, seed: int, vocabulary: int = 256) -> list[int]:
     """`count` token ids, the same for the same seed."""
     import random
 
-    chance = random.Random(seed)  # noqa: S311 - not for secrets
+    chance = random.Random(seed)
     return [chance.randrange(3, vocabulary) for _ in range(count)]

@@ -17,16 +17,17 @@ Does not: know the catalogue, or which slots hold a block that still counts.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from kvtier import machine, native
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
 from kvtier.errors import BlockCorrupt, TierFailed
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
@@ -48,6 +49,8 @@ _NAMES_START: Final = _NAMES.size + _SUM.size
 _NAMES_RAW_BYTES_MAX: Final = 16 * 1024 * KIB  # of one slab, unpacked
 _SCAN_SLOTS: Final = 256
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
+
+logger = logging.getLogger(__name__)
 
 
 class Slab:
@@ -237,6 +240,30 @@ class Slab:
     def __repr__(self) -> str:
         state = f"slots of {format_bytes(self.slot_bytes)}" if self.slot_bytes else "not cut"
         return f"<Slab {self.path.name} {state}, {len(self.names)} namespaces>"
+
+
+def places(
+    items: Sequence[SlotIO | SlotRecord], slabs: Sequence[Slab]
+) -> tuple[list[int], list[int]]:
+    """File descriptor and offset of each item's slot."""
+    offsets = [slab.offset(item.slot) for item, slab in zip(items, slabs, strict=True)]
+    return [slab.fd for slab in slabs], offsets
+
+
+def remove_strays(slabs: Sequence[Slab], directory: Path) -> None:
+    """Removes files of segments that the plan no longer has: the tier was made smaller.
+
+    Raises:
+        TierFailed: one cannot be removed.
+    """
+    known = {slab.path.name for slab in slabs}
+    for path in directory.glob("*.slab"):
+        if path.name not in known:
+            logger.warning("%s is beyond the tier's size: removed", path)
+            try:
+                path.unlink()
+            except OSError as error:
+                raise TierFailed(f"{path}: {error.strerror}") from error
 
 
 def _unpack_names(area: bytes) -> tuple[int, Names]:

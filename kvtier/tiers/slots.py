@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvtier import native
@@ -148,6 +148,16 @@ class SlotStaging:
             pages = native.AlignedBuffer(count * SLOT_HEADER_BYTES)
             setattr(self._local, use, pages)
         return pages
+
+
+def attempt(items: Sequence[SlotIO], step: Callable[[], None]) -> None:
+    """Takes a step that all of these items need: if it fails, they all do."""
+    try:
+        if items:
+            step()
+    except TierFailed as error:
+        for item in items:
+            item.error = error
 
 
 def _payloads(

@@ -18,7 +18,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,8 @@ from kvtier.errors import (
 from kvtier.tiers.base import SlotRecord, TierCounts
 from kvtier.tiers.catalogue import Catalogue, pack_record
 from kvtier.tiers.dram import add_counts
-from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab
-from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging
+from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
+from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
 
@@ -98,7 +98,7 @@ class SsdTier:
         copy's rivals, or that do not fit this plan are dropped. Worker thread (2 s a million
         blocks, 2 s more after an unclean end). Raises TierFailed.
         """
-        self._remove_strays()
+        remove_strays(self._slabs, self.directory / "slabs")
         self._book.load()
         for slab in self._slabs:
             if slab.open_existing():
@@ -124,14 +124,6 @@ class SsdTier:
         self._generations = itertools.count((newest >> _START_BITS) + 1 << _START_BITS)
         self._recovered = True
         return good
-
-    def _remove_strays(self) -> None:
-        """Slabs of segments that the plan no longer has: the tier was made smaller."""
-        known = {slab.path.name for slab in self._slabs}
-        for path in (self.directory / "slabs").glob("*.slab"):
-            if path.name not in known:
-                logger.warning("%s is beyond the tier's size: removed", path)
-                path.unlink()
 
     def _rebuild(self) -> None:
         """Fills an empty catalogue from slot headers. What is older or foreign goes later."""
@@ -198,13 +190,13 @@ class SsdTier:
             slabs = [self._slabs[item.slot >> SLOT_BITS] for item in items]
             for item in items:
                 item.label.generation = next(self._generations)
-            self._staging.write(items, *_places(items, slabs))
+            self._staging.write(items, *places(items, slabs))
         for segment, before in failures.items():
             written = [i for i in items if i.slot >> SLOT_BITS == segment and i.error is None]
-            _attempt(written, partial(self._slabs[segment].sync, before))
+            attempt(written, partial(self._slabs[segment].sync, before))
         good = [item for item in items if item.error is None]
         records = [pack_record(item.slot, item.slot_bytes, item.label) for item in good]
-        _attempt(good, partial(self._catalogue.put, records))
+        attempt(good, partial(self._catalogue.put, records))
         done = [item.label.size_bytes for item in good if item.error is None]
         self._count(
             TierCounts(
@@ -281,7 +273,7 @@ class SsdTier:
                 item.error = BlockCorrupt(f"ssd slot {item.slot:#x} was never written")
         corrupt = len(batch) - len(items)
         if items:
-            corrupt += self._staging.read(items, *_places(items, slabs))
+            corrupt += self._staging.read(items, *places(items, slabs))
         good = [item.label.size_bytes for item in items if item.error is None]
         self._count(
             TierCounts(
@@ -316,8 +308,8 @@ class SsdTier:
             if slab.fd >= 0 and slab.slot_bytes == record.slot_bytes
         ]
         failures = {slab.index: slab.sync_failures for _, slab in here}
-        places = _places([record for record, _ in here], [slab for _, slab in here])
-        for (record, _), error in zip(here, self._staging.wipe(*places), strict=True):
+        where = places([record for record, _ in here], [slab for _, slab in here])
+        for (record, _), error in zip(here, self._staging.wipe(*where), strict=True):
             if error:
                 raise TierFailed(f"ssd slot {record.slot:#x} not wiped: {os.strerror(error)}")
         for index, before in failures.items():
@@ -355,21 +347,3 @@ class SsdTier:
         made = sum(slab.fd >= 0 for slab in self._slabs)
         size = format_bytes(self.plan.count * self.plan.size_bytes)
         return f"<SsdTier {self.directory} {size}, {made} slabs, {self._counts}>"
-
-
-def _places(
-    items: Sequence[SlotIO | SlotRecord], slabs: Sequence[Slab]
-) -> tuple[list[int], list[int]]:
-    """File descriptor and offset of each item's slot."""
-    offsets = [slab.offset(item.slot) for item, slab in zip(items, slabs, strict=True)]
-    return [slab.fd for slab in slabs], offsets
-
-
-def _attempt(items: Sequence[SlotIO], step: Callable[[], None]) -> None:
-    """Takes a step that all of these items need: if it fails, they all do."""
-    try:
-        if items:
-            step()
-    except TierFailed as error:
-        for item in items:
-            item.error = error

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from kvtier.block import BlockFormat, CommitResult, Found, NamespaceSpec, Reason, TierId, TierRun
+from kvtier.block import BlockFormat, CommitResult, NamespaceSpec, Reason, TierId, TierRun
+from kvtier.client.calls import LeasedFound
 from kvtier.errors import DaemonUnavailable, LeaseLost
 
 
 @dataclass
 class DictBlock:
+    """A block to fill."""
+
     key: bytes
     view: memoryview
 
 
 @dataclass
-class DictReservation:
-    space: DictSpace
-    blocks: list[DictBlock]
-
-    def commit(self) -> CommitResult:
-        for block in self.blocks:
-            self.space.stored.setdefault(block.key, bytearray(block.view))
-        return CommitResult(len(self.blocks), 0, 0)
-
-
-@dataclass
 class DictLease:
+    """Views of blocks, which may have been taken back."""
+
     views: list[memoryview]
     lost: bool = False
+    reason: Reason = Reason.NONE
+
+    @property
+    def block_count(self) -> int:
+        return len(self.views)
 
     def check(self) -> None:
         if self.lost:
             raise LeaseLost("taken back")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.check()
+
 
 @dataclass
 class DictSpace:
+    """One namespace, and switches for what may go wrong in it."""
+
     format: BlockFormat
     stored: dict[bytes, bytearray] = field(default_factory=dict)
     tier: TierId = TierId.DRAM
@@ -47,28 +53,28 @@ class DictSpace:
     leased_at_most: int = 1 << 30
     leased_blocks: int = 0
 
-    def lookup(self, keys: Sequence[bytes]) -> Found:
+    def lookup(
+        self, keys: Sequence[bytes], *, lease: bool = False, deadline_s: float | None = None
+    ) -> LeasedFound[DictLease]:
         count = 0
         while count < len(keys) and keys[count] in self.stored:
             count += 1
+        if not count:
+            return LeasedFound(0, reason=Reason.NEVER_STORED)
         reason = Reason.NONE if count == len(keys) else Reason.NEVER_STORED
-        return Found(count, (TierRun(self.tier, count),) if count else (), reason=reason)
+        leased = keys[: min(count, self.leased_at_most)] if lease else []
+        self.leased_blocks += len(leased)
+        views = [memoryview(self.stored[key]).toreadonly() for key in leased]
+        runs = (TierRun(self.tier, count),)
+        return LeasedFound(count, runs, 0.0, reason, 0, DictLease(views, self.lose_leases))
 
-    @contextmanager
-    def lease(self, keys: Sequence[bytes]) -> Iterator[DictLease]:
-        keys = keys[: self.leased_at_most]
-        self.leased_blocks += len(keys)
-        yield DictLease([memoryview(self.stored[k]).toreadonly() for k in keys], self.lose_leases)
-
-    @contextmanager
-    def reserve(
-        self, keys: Sequence[bytes], *, parent: bytes | None = None, position: int = 0
-    ) -> Iterator[DictReservation]:
-        size_bytes = self.format.shard_bytes
+    def store(self, keys: Sequence[bytes], fill: Callable[[Any], object]) -> CommitResult:
         absent = [key for key in keys if key not in self.stored]
-        views = [memoryview(bytearray(size_bytes)) for _ in absent]
-        blocks = [DictBlock(key, view) for key, view in zip(absent, views, strict=True)]
-        yield DictReservation(self, blocks)
+        for key in absent:
+            content = bytearray(self.format.shard_bytes)
+            fill(DictBlock(key, memoryview(content)))
+            self.stored[key] = content
+        return CommitResult(len(absent), 0, 0)
 
 
 class DictClient:
@@ -78,13 +84,20 @@ class DictClient:
         self.spaces: dict[bytes, DictSpace] = {}
         self.specs: list[NamespaceSpec] = []
 
-    def open_namespace(self, *, model: str, format: BlockFormat, **fields: str) -> DictSpace:  # noqa: A002
+    def space(
+        self,
+        *,
+        model: str,
+        format: BlockFormat,  # noqa: A002 - as the client calls it
+        prefill_tokens_per_s: float,
+        **fields: str,
+    ) -> DictSpace:
         spec = NamespaceSpec(model=model, format=format, **fields)
         self.specs.append(spec)
         return self.spaces.setdefault(spec.digest, DictSpace(format))
 
     @property
-    def space(self) -> DictSpace:
+    def only(self) -> DictSpace:
         (space,) = self.spaces.values()
         return space
 
@@ -105,7 +118,7 @@ class BrokenClient:
     def __init__(self, *, opens: bool = True) -> None:
         self.opens = opens
 
-    def open_namespace(self, **_: Any) -> BrokenSpace:
+    def space(self, **_: Any) -> BrokenSpace:
         if not self.opens:
             raise OSError("no such socket")
         return BrokenSpace()

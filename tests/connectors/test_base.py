@@ -10,7 +10,13 @@ import pytest
 
 from kvtier.block import Reason
 from kvtier.connectors.base import Border, KeyChain, miss_reason
-from kvtier.errors import DaemonUnavailable, DeadlineExceeded, InvariantViolated, LeaseLost, TierFull
+from kvtier.errors import (
+    DaemonUnavailable,
+    DeadlineExceeded,
+    InvariantViolated,
+    LeaseLost,
+    TierFull,
+)
 
 
 def test_a_key_is_the_hash_of_its_parent_and_its_tokens() -> None:

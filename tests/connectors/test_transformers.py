@@ -76,9 +76,9 @@ def test_cold_prompt(model: Any) -> None:
 
     assert cache.last.token_count == 0
     assert cache.last.tier == "-"
-    assert len(client.space.stored) == 150 // 16
+    assert len(client.only.stored) == 150 // 16
     assert cache.border.counts().saved_blocks == 150 // 16
-    assert client.space.format.size_bytes == 3 * 2 * 2 * 16 * 16 * model.dtype.itemsize
+    assert client.only.format.size_bytes == 3 * 2 * 2 * 16 * 16 * model.dtype.itemsize
 
 
 def test_the_same_prompt_again(model: Any) -> None:
@@ -97,7 +97,7 @@ def test_partial_prefix(model: Any) -> None:
     client = DictClient()
     cache = TransformersCache(model, client)
     assert_same_output(model, cache, _ids(PROMPT))
-    client.space.tier = TierId.SSD
+    client.only.tier = TierId.SSD
 
     assert_same_output(model, cache, _ids(PROMPT[:100] + random_tokens(48, seed=2)))
 
@@ -123,7 +123,7 @@ def test_a_prompt_of_less_than_a_block(float_model: Any, length: int) -> None:
     cache = TransformersCache(float_model, client)
     assert_same_output(float_model, cache, _ids(PROMPT[:length]))
     assert cache.last.token_count == 0
-    assert not client.space.stored
+    assert not client.only.stored
 
 
 def test_two_prompts_of_one_length(model: Any) -> None:
@@ -165,7 +165,7 @@ def test_a_conversation_with_what_was_generated(model: Any) -> None:
     client = DictClient()
     cache = TransformersCache(model, client, save_generated=True)
     answer = _generate(cache.generate, _ids(PROMPT), attention_mask=torch.ones(1, 150, dtype=int))
-    assert len(client.space.stored) == (150 + NEW_TOKENS - 1) // 16
+    assert len(client.only.stored) == (150 + NEW_TOKENS - 1) // 16
 
     follow_up = answer.sequences[0].tolist() + random_tokens(20, seed=5)
     assert_same_output(model, cache, _ids(follow_up))
@@ -196,7 +196,7 @@ def test_corruption_control(float_model: Any) -> None:
     cache = TransformersCache(float_model, client)
     assert_same_output(float_model, cache, _ids(PROMPT))
     plain = _generate(float_model.generate, _ids(PROMPT), attention_mask=torch.ones(1, 150))
-    for stored in client.space.stored.values():
+    for stored in client.only.stored.values():
         torch.frombuffer(stored, dtype=torch.float32).neg_()
 
     poisoned = _generate(cache.generate, _ids(PROMPT), attention_mask=torch.ones(1, 150))
@@ -211,7 +211,7 @@ def test_every_block_is_used(float_model: Any) -> None:
     cache = TransformersCache(float_model, client)
     assert_same_output(float_model, cache, _ids(PROMPT))
     plain = _generate(float_model.generate, _ids(PROMPT), attention_mask=torch.ones(1, 150))
-    for stored in client.space.stored.values():
+    for stored in client.only.stored.values():
         kept = bytes(stored)
         torch.frombuffer(stored, dtype=torch.float32).neg_()
         poisoned = _generate(cache.generate, _ids(PROMPT), attention_mask=torch.ones(1, 150))
@@ -223,8 +223,8 @@ def test_a_lost_lease_is_a_miss(float_model: Any) -> None:
     client = DictClient()
     cache = TransformersCache(float_model, client)
     assert_same_output(float_model, cache, _ids(PROMPT))
-    client.space.lose_leases = True
-    for stored in client.space.stored.values():
+    client.only.lose_leases = True
+    for stored in client.only.stored.values():
         stored[:] = bytes(len(stored))  # the slots hold something else by now
 
     output = cache.generate(_ids(PROMPT), max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -240,7 +240,7 @@ def test_a_lease_of_fewer_blocks_than_found(float_model: Any) -> None:
     client = DictClient()
     cache = TransformersCache(float_model, client)
     assert_same_output(float_model, cache, _ids(PROMPT))
-    client.space.leased_at_most = 5
+    client.only.leased_at_most = 5
 
     assert_same_output(float_model, cache, _ids(PROMPT))
 
@@ -316,10 +316,6 @@ def test_attention_implementations_share_nothing() -> None:
     assert len(client.spaces) == 2
 
 
-def _in_position_ids() -> dict[str, Any]:
-    return {"position_ids": torch.arange(150)[None]}
-
-
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -336,7 +332,7 @@ def test_other_ways_to_generate_are_passed_by(float_model: Any, kwargs: dict[str
     cache = TransformersCache(float_model, client)
     assert_same_output(float_model, cache, _ids(PROMPT))
     kwargs = {"do_sample": False, "max_new_tokens": 4, **kwargs}
-    before = client.space.leased_blocks
+    before = client.only.leased_blocks
     torch.manual_seed(0)
     plain = float_model.generate(_ids(PROMPT), **kwargs)
 
@@ -344,7 +340,7 @@ def test_other_ways_to_generate_are_passed_by(float_model: Any, kwargs: dict[str
     output = cache.generate(_ids(PROMPT), **kwargs)
 
     assert output.tolist() == plain.tolist()
-    assert client.space.leased_blocks == before
+    assert client.only.leased_blocks == before
     assert cache.border.counts().miss_count == 2
     assert cache.border.counts().failure_count == 0
 
@@ -382,9 +378,7 @@ def _dynamic_rope() -> Any:
 @pytest.mark.parametrize(
     ("make", "why"), [(_sliding, "other kinds"), (_dynamic_rope, "sequence's length")]
 )
-def test_models_it_cannot_serve(
-    make: Any, why: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_models_it_cannot_serve(make: Any, why: str, caplog: pytest.LogCaptureFixture) -> None:
     model = make()
     client = DictClient()
     cache = TransformersCache(model, client)

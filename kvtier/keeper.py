@@ -1,0 +1,510 @@
+"""Keeper: what the store does behind the verbs: room, moves, erasures, flush, expiry, recovery.
+
+One background task tends the books: woken by every commit, finished move and release, and four
+times a second by the clock. Everything it does in one turn is bounded, so that a lookup waits for
+a millisecond at most.
+
+Does not: answer clients (store.py) or run moves itself (transfer/mover.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from kvtier import native
+from kvtier.block import (
+    Found,
+    Keys,
+    Move,
+    NamespaceSpec,
+    Reason,
+    SlotIO,
+    SlotLabel,
+    TierId,
+    TierRun,
+)
+from kvtier.config import Config
+from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
+from kvtier.errors import InvariantViolated, KvTierError, TierFailed
+from kvtier.ledger.chain import Namespace, Run
+from kvtier.ledger.filling import Filling
+from kvtier.ledger.holdings import Entry, Reservation
+from kvtier.ledger.ledger import Erasure, Ledger
+from kvtier.ledger.moves import Moves
+from kvtier.ledger.recovery import Claim, restore
+from kvtier.ledger.search import Span
+from kvtier.progress import EventRing, Progress
+from kvtier.recycling import Recycling
+from kvtier.session import Session
+from kvtier.tally import (
+    Rates,
+    Tally,
+    block_uses,
+    bytes_in_and_out,
+    namespace_uses,
+    route_uses,
+    session_uses,
+    tier_uses,
+)
+from kvtier.tiers.base import SlotRecord, Tier
+from kvtier.tiers.dram import DramTier
+from kvtier.tiers.ssd import SsdTier
+from kvtier.transfer.mover import Mover
+from kvtier.units import Clock
+
+T = TypeVar("T")
+_TICK_S = 0.25
+# A tier that failed to take a write is left alone for this long, then tried again.
+_CLOSED_S = 5.0
+# Before anything was measured: what a PCIe 4 drive and two memory channels do. A guess, replaced
+# by the first moves.
+_BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
+_PROMOTE_MOVES_MAX = 512
+
+
+class Keeper:
+    """The ledger, the tiers and the mover of one daemon, kept in step. Event loop only."""
+
+    def __init__(self, config: Config, dram: DramTier, ssd: SsdTier | None, clock: Clock) -> None:
+        self.config = config
+        self.dram = dram
+        self.ssd = ssd
+        self.single_tenant = config.server.trust == "single-tenant"
+        self.sessions: dict[int, Session] = {}
+        self.draining = False
+        self.bypassed = config.server.bypass
+        self.tally = Tally()
+        self.progress = Progress()
+        self.events = EventRing(config.server.watch_events_max)
+        self.revoked: dict[int, int] = {}  # slot -> generation, where it is not 0
+        self.on_reservation_over: Callable[[Reservation], None] = lambda _: None
+        tiers: dict[TierId, Tier] = {dram.plan.tier: dram}
+        if ssd is not None:
+            tiers[TierId.SSD] = ssd
+        limits = config.limits
+        self.ledger = Ledger(
+            [tier.plan for tier in tiers.values()],
+            policy=config.policy.name,
+            namespaces_max=limits.namespaces_max,
+            placeholders_max=limits.placeholders_max,
+        )
+        for tenant in config.tenants:
+            guaranteed = self.ledger.guaranteed_bytes
+            guaranteed[tenant.name, TierId.DRAM] = tenant.dram_guaranteed_bytes
+            guaranteed[tenant.name, TierId.SSD] = tenant.ssd_guaranteed_bytes
+        self.filling = Filling(self.ledger)
+        self.moves = Moves(self.ledger, in_flight_max=limits.moves_in_flight_max)
+        # Copies of clients' stores must not wait behind a slow disk: pools of their own.
+        self._copy_pool = ThreadPoolExecutor(config.server.copy_threads, "kvtier-copy")
+        self._io_pool = ThreadPoolExecutor(config.server.io_threads, "kvtier-io")
+        self.mover = Mover(
+            tiers,
+            self._io_pool,
+            self._moved,
+            before_write=self._register,
+            batches_max=max(1, config.server.io_threads // 2),
+            batch_moves_max=config.tiers.ssd.queue_depth_max,
+        )
+        self.recycling = Recycling(
+            dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake
+        )
+        self._clock = clock
+        self._started_s = clock.monotonic_s()
+        self._rates = Rates()
+        self._woken = asyncio.Event()
+        self._tending: asyncio.Task[None] | None = None
+        self._erasing = asyncio.Lock()
+        self._registered: set[bytes] = set()
+        self._closed_until_s: dict[TierId, float] = {}
+        self._copied_down = 0
+        self._starving = False
+        self._failure: BaseException | None = None
+
+    def now_s(self) -> float:
+        """Monotonic seconds."""
+        return self._clock.monotonic_s()
+
+    def in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Runs blocking work of a tier in a worker thread."""
+        return asyncio.get_running_loop().run_in_executor(self._io_pool, work)
+
+    def copy_in(self, items: Sequence[SlotIO]) -> asyncio.Future[None]:
+        """Copies and checksums a client's blocks into DRAM slots in a worker thread."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._copy_pool, self.dram.write, items)
+
+    # --- starting
+
+    @classmethod
+    async def open(
+        cls, config: Config, *, dram: DramTier, ssd: SsdTier | None, clock: Clock
+    ) -> Keeper:
+        """Recovers the SSD tier into a new ledger and starts tending. Raises TierFailed."""
+        keeper = cls(config, dram, ssd, clock)
+        started_s = keeper.now_s()
+        if ssd is not None:
+            await keeper._recover(ssd)
+        keeper.tally.recovery_s = keeper.now_s() - started_s
+        keeper._tending = asyncio.get_running_loop().create_task(keeper._tend())
+        return keeper
+
+    async def _recover(self, ssd: SsdTier) -> None:
+        records = await self.in_thread(ssd.recover)
+        spaces: dict[bytes, Namespace] = {}
+        for digest, descriptor, epoch in ssd.namespaces():
+            try:
+                space = self.ledger.open_namespace(NamespaceSpec.from_json(descriptor))
+            except (KvTierError, TypeError, ValueError, KeyError):
+                continue  # a descriptor of another version or size: its blocks are dropped below
+            if space.digest == digest:
+                space.epoch = max(space.epoch, epoch)
+                spaces[digest] = space
+                self._registered.add(digest)
+        by_space: dict[bytes, list[Claim]] = {}
+        for record in records:
+            by_space.setdefault(record.label.namespace, []).append(Claim(*record))
+        del records
+        rejected: list[Claim] = []
+        while by_space:
+            digest, claims = by_space.popitem()
+            if digest not in spaces:
+                rejected.extend(claims)
+                continue
+            count, refused = restore(self.ledger, spaces[digest], TierId.SSD, claims)
+            self.tally.recovered_blocks += count
+            rejected.extend(refused)
+            await asyncio.sleep(0)
+        if rejected:
+            gone = [SlotRecord(*claim) for claim in rejected]
+            await self.in_thread(functools.partial(ssd.erase, gone, durable=False))
+
+    # --- tending
+
+    def wake(self) -> None:
+        """There may be something to do, and something to be had."""
+        self._woken.set()
+        self.progress.notify()
+
+    async def _tend(self) -> None:
+        try:
+            while True:
+                try:
+                    await asyncio.wait_for(self._woken.wait(), _TICK_S)
+                except TimeoutError:
+                    self._tick()
+                self._woken.clear()
+                self._hold_water_marks()
+                if self.ledger.reap():
+                    self._woken.set()
+                await self._erase_pending()
+                await self.recycling.run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            # Books that disagree stop the daemon: it asks `failure` and never goes on.
+            self._failure = error
+            raise
+
+    @property
+    def tending(self) -> asyncio.Task[None] | None:
+        """The background task; its end by an exception must stop the daemon."""
+        return self._tending
+
+    def _tick(self) -> None:
+        now_s = self.now_s()
+        if not self.single_tenant:
+            # Under single-tenant trust a client may still write where it reserved: only its end
+            # (session) gives such slots back.
+            for reservation in self.filling.expire(now_s):
+                self.on_reservation_over(reservation)
+        for tier, until_s in list(self._closed_until_s.items()):
+            if now_s >= until_s:
+                del self._closed_until_s[tier]
+                self.ledger.closed_tiers.discard(tier)
+        self._rates.update(now_s, bytes_in_and_out(self.tally, self.mover, self.ledger))
+        if self._starving:
+            self._starving = False
+            self._revoke_overdue(now_s)
+            self.progress.notify()
+
+    def _hold_water_marks(self) -> None:
+        for tier in self.ledger.tiers:
+            section = self.config.tiers.dram if tier is not TierId.SSD else self.config.tiers.ssd
+            capacity = self.ledger.slots[tier].capacity_bytes
+            if self.ledger.used_share(tier) > section.high_water:
+                self.mover.submit(self.moves.shrink_to(tier, int(section.low_water * capacity)))
+
+    def make_room(self, space: Namespace, block_count: int) -> None:
+        """Starts making room for that many blocks in DRAM; wakes waiters when there is some."""
+        top, tenant = self.ledger.top, space.tenant
+        moves = self.moves.make_room(top, space, block_count * space.shards)
+        self.mover.submit(moves)
+        if self.ledger.slots[top].available(tenant, space.slot_bytes[top]):
+            self.progress.notify()
+        else:
+            self._starving = True
+            self.recycling.start(tenant, self.sessions)
+        self._woken.set()
+
+    def _revoke_overdue(self, now_s: float) -> None:
+        """Room is wanted and leases stand longer than `limits.lease_ttl_s`: takes them back. The
+        slots' generation words change before anything else may be written there.
+        """
+        ttl_s = self.config.limits.lease_ttl_s
+        for lease in list(self.ledger.leases.values()):
+            if now_s - lease.started_s < ttl_s:
+                continue
+            slot_bytes = lease.space.slot_bytes[self.ledger.top]
+            for slot in lease.slots or ():
+                self.revoked[slot] = self.dram.revoke(slot, slot_bytes)
+            session = self.sessions.get(lease.session_id)
+            if session is not None:
+                session.leases.discard(lease.id)
+            self.ledger.release(lease.id)
+            self.tally.leases_revoked += 1
+
+    # --- moves
+
+    def promote(self, space: Namespace, spans: list[Span]) -> None:
+        """Starts bringing these blocks to DRAM, as far as there is room now."""
+        self.mover.submit(self.moves.promote(space, spans, _PROMOTE_MOVES_MAX))
+        self._woken.set()
+
+    def _register(self, moves: Sequence[Move]) -> None:
+        """Worker thread: descriptors are on disk before the first block that needs them."""
+        assert self.ssd is not None
+        for namespace_id in {move.namespace_id for move in moves}:
+            space = self.ledger.spaces[namespace_id]
+            if space.digest not in self._registered:
+                self.ssd.register_namespace(space.digest, space.spec.to_json(), space.epoch)
+                self._registered.add(space.digest)
+
+    def _moved(self, move: Move, errors: list[KvTierError]) -> None:
+        if not errors:
+            if self.moves.finish_move(move) and move.route.target is not self.ledger.top:
+                self._copied_down += 1
+        elif move.route.target is self.ledger.top:
+            # A copy that cannot be read is a miss from now on, whatever the reason; but a daemon
+            # that is stopping reads nothing and loses nothing.
+            lost = any(not _is_stopping(error) for error in errors)
+            self.moves.abort_move(move, source_corrupt=lost)
+        else:
+            self.moves.abort_move(move, source_corrupt=False, written=not _is_stopping(errors[0]))
+            if not _is_stopping(errors[0]):
+                self.ledger.closed_tiers.add(move.route.target)
+                self._closed_until_s[move.route.target] = self.now_s() + _CLOSED_S
+        self.wake()
+
+    # --- erasures
+
+    async def _erase_pending(self) -> None:
+        """Records first, then the slots are free. In order: a slot written anew is never erased."""
+        async with self._erasing:
+            erasures = self.ledger.take_erasures()
+            for wipe in (True, False):
+                chosen = [erasure for erasure in erasures if erasure.wipe is wipe]
+                for at in range(0, len(chosen), 1024):
+                    await self._erase(chosen[at : at + 1024], wipe)
+
+    async def _erase(self, erasures: list[Erasure], wipe: bool) -> None:
+        assert self.ssd is not None
+        records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
+        try:
+            await self.in_thread(functools.partial(self.ssd.erase, records, durable=wipe))
+        finally:
+            # Also when it failed: a record that stayed names a slot whose header will tell
+            # another story, and is a miss. The caller of an explicit evict is told.
+            self.ledger.erased(erasures)
+            self.progress.notify()
+
+    async def erase_for_good(self, space: Namespace, keys: Iterable[bytes]) -> None:
+        """Returns when nothing of these blocks can come back, not even by moves under way.
+
+        Raises TierFailed when the SSD tier could not promise that.
+        """
+        if self.ssd is None:
+            return
+        targets = [(space.id, key, tier) for key in keys for tier in self.ledger.tiers]
+        while any(target in self.moves.by_target for target in targets):
+            await self.progress.wait(_TICK_S)
+        await self._erase_pending()
+
+    async def begin_epoch(self, space: Namespace) -> None:
+        """The namespace's new epoch is on stable storage when this returns. Raises TierFailed."""
+        self.wake()
+        if self.ssd is not None and space.digest in self._registered:
+            digest, epoch = space.digest, space.epoch
+            await self.in_thread(functools.partial(self.ssd.set_epoch, digest, epoch))
+
+    # --- durability
+
+    async def make_durable(self, space: Namespace, keys: Sequence[bytes]) -> None:
+        """The blocks are on the SSD tier, synced, when this returns. Raises TierFailed."""
+        if self.ssd is None:
+            raise TierFailed("durable commits need the SSD tier: tiers.ssd.enabled")
+        lower = TierId.SSD
+        for _ in range(64):
+            missing = {id(run): run for run in self._only_above(space, keys)}
+            moving = any((space.id, key, lower) in self.moves.by_target for key in keys)
+            if not missing:
+                break
+            moves = self.moves.copy_down(iter(missing.values()), len(keys))
+            self.mover.submit(moves)
+            if not moves and not moving and lower in self.ledger.closed_tiers:
+                raise TierFailed("the SSD tier takes no writes now: the blocks are in memory only")
+            await self.progress.wait(_TICK_S * 4)
+        else:
+            raise TierFailed("the SSD tier did not take the blocks: they are in memory only")
+        await self.in_thread(self.ssd.sync)
+
+    def _only_above(self, space: Namespace, keys: Sequence[bytes]) -> Iterator[Run]:
+        for key in keys:
+            found = self.ledger.chains.find(space, key)
+            if found is not None and found[0].state[found[1]] == 1 << self.ledger.top:
+                yield found[0]
+
+    async def flush(self, timeout_s: float) -> tuple[int, int]:
+        """Writes what is only in memory to the SSD tier and syncs it, within the time (seconds).
+        Returns (blocks written, blocks still only in memory).
+        """
+        before = self._copied_down
+        until_s = self.now_s() + timeout_s
+        if self.ssd is None:
+            return 0, self.ledger.dirty_blocks()
+        while self.ledger.dirty_blocks() and TierId.SSD not in self.ledger.closed_tiers:
+            runs = list(self.ledger.chains.runs.values())
+            self.mover.submit(self.moves.copy_down(iter(runs), self.moves.in_flight_max))
+            if self.now_s() >= until_s or (self.mover.is_idle and not self.ledger.is_erasing):
+                break
+            await self.progress.wait(until_s - self.now_s())
+        await self.in_thread(self.ssd.sync)
+        return self._copied_down - before, self.ledger.dirty_blocks()
+
+    async def close(self, *, grace_s: float) -> None:
+        """Flushes within the grace, waits for bytes in flight, closes the tiers in order."""
+        self.draining = True
+        self.progress.notify()
+        if self._failure is None:
+            await self.flush(grace_s)
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.wait([self._tending])
+        await self.mover.close()
+        if self.ssd is not None:
+            await self._erase_pending()
+        await asyncio.get_running_loop().run_in_executor(None, self._close_tiers)
+
+    def _close_tiers(self) -> None:
+        self._copy_pool.shutdown()
+        self._io_pool.shutdown()
+        if self.ssd is not None:
+            self.ssd.close()
+        self.dram.close()
+
+    # --- answers
+
+    def is_bypassed(self, asked: Sequence[tuple[Namespace, Keys]]) -> bool:
+        """Whether lookups and stores of these namespaces are switched off."""
+        return self.bypassed or any(space.bypassed for space, _ in asked)
+
+    def predicted(self, space: Namespace, found: Found) -> Found:
+        """The answer with its predicted load time; cut where loading costs more than prefill."""
+        size_bytes = space.spec.format.size_bytes
+        kept: list[TierRun] = []
+        load_ms = 0.0
+        prefill = space.prefill_tokens_per_s
+        for run in found.runs:
+            run_ms = run.block_count * size_bytes / self._rate(run.tier) * 1000
+            prefill_ms = run.block_count * space.block_tokens / prefill * 1000 if prefill else 0
+            if prefill and run_ms > prefill_ms and space.needed_blocks is None:
+                count = sum(k.block_count for k in kept)
+                reason = Reason.SLOWER_THAN_PREFILL
+                return replace(
+                    found, block_count=count, runs=tuple(kept), load_ms=load_ms, reason=reason
+                )
+            load_ms += run_ms
+            kept.append(run)
+        return replace(found, load_ms=load_ms)
+
+    def _rate(self, tier: TierId) -> float:
+        for route, counts in self.mover.counts.items():
+            if route.source is tier and route.target is self.ledger.top and counts.bytes_per_s:
+                return counts.bytes_per_s
+        return _BYTES_PER_S.get(tier, 10e9)
+
+    def label(self, space: Namespace, entry: Entry, shard: int) -> SlotLabel:
+        """What a block being committed is said to be."""
+        return SlotLabel(
+            space.digest, space.epoch, entry.key, entry.parent, entry.position, shard,
+            space.shard_bytes,
+        )  # fmt: skip
+
+    def accounts(self, sessions: Iterable[Session], namespaces_max: int) -> StoreCounts:
+        """Everything `kvtier stat` shows."""
+        now_s, tally, ledger = self.now_s(), self.tally, self.ledger
+        reservations = self.filling.reservations.values()
+        errors = {TierId.DRAM: self.dram.counts().error_count}
+        corrupt = ledger.corrupt_blocks
+        if self.ssd is not None:
+            errors[TierId.SSD] = self.ssd.counts().error_count
+        state = "draining" if self.draining else "bypassed" if self.bypassed else "serving"
+        return StoreCounts(
+            uptime_s=now_s - self._started_s,
+            state=state,
+            tiers=tier_uses(ledger, tally, self._rates, self.mover, errors),
+            lookup_count=tally.lookup_count,
+            lookup_blocks=tally.lookup_blocks,
+            hit_blocks=tally.hit_blocks,
+            miss_blocks=tally.miss_blocks,
+            reasons={reason: count for reason, count in tally.reasons.items() if count},
+            lease_count=len(ledger.leases),
+            lease_oldest_s=max((now_s - le.started_s for le in ledger.leases.values()), default=0),
+            reservation_count=len(reservations),
+            reservation_oldest_s=max((now_s - r.started_s for r in reservations), default=0),
+            sessions=session_uses(sessions, now_s),
+            routes=route_uses(self.mover),
+            namespaces=tuple(namespace_uses(ledger)[:namespaces_max]),
+            corrupt_count=corrupt,
+            stored_blocks=tally.stored_blocks,
+            evicted_blocks=ledger.evicted_blocks,
+            events_revision=self.events.revision,
+            native_kernels=native.capabilities().native,
+            recovered_blocks=tally.recovered_blocks,
+            recovery_s=tally.recovery_s,
+            leases_revoked=tally.leases_revoked,
+            predecessor_bytes=tally.predecessor_bytes,
+        )
+
+    def namespace_uses(self) -> list[NamespaceUse]:
+        """All namespaces."""
+        return namespace_uses(self.ledger)
+
+    def block_uses(self, space: Namespace, after_key: bytes, count_max: int) -> list[BlockUse]:
+        """A page of blocks."""
+        return block_uses(self.ledger, space, after_key, count_max)
+
+    def check(self, sessions: Iterable[Session]) -> list[str]:
+        """Runs every invariant check; the problems found, as sentences."""
+        problems: list[str] = []
+        held = self.filling.held_slots()
+        for tier, count in self.moves.held_slots().items():
+            held[tier] = held.get(tier, 0) + count
+        checks: list[Callable[[], Any]] = [lambda: self.ledger.check(held=held), self.dram.check]
+        if self.ssd is not None:
+            checks.append(self.ssd.check)
+        checks.extend(session.room.check for session in sessions if session.room is not None)
+        for check in checks:
+            try:
+                check()
+            except InvariantViolated as error:
+                problems.append(str(error))
+        return problems
+
+
+def _is_stopping(error: KvTierError) -> bool:
+    return error.reason == "DAEMON_UNAVAILABLE"

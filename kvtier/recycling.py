@@ -1,0 +1,78 @@
+"""Recycling: gives a free segment that one tenant's clients may still map to another tenant.
+
+A sealed memfd can neither be unmapped from afar nor mapped writable again, so the arena goes as a
+whole: every session that was sent it is asked to unmap it, and when all have (or ended) the tier
+puts a fresh arena in its place. A client that does not answer delays this; `waiting` counts it.
+
+Does not: pick segments in use; the ledger empties them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from kvtier.ledger.slots import TierSlots
+from kvtier.session import Session
+from kvtier.tiers.arena import Arena
+from kvtier.tiers.dram import DramTier
+
+
+class Recycling:
+    """Segments of one memory tier on their way to another tenant. Event loop only."""
+
+    def __init__(
+        self,
+        tier: DramTier,
+        slots: TierSlots,
+        in_thread: Callable[[Callable[[], Arena]], Awaitable[Arena]],
+        done: Callable[[], None],
+    ) -> None:
+        self._tier = tier
+        self._slots = slots
+        self._in_thread = in_thread
+        self._done = done
+        self._waiting: dict[int, tuple[int, set[int]]] = {}  # arena -> (segment, sessions)
+        self._ready: list[int] = []
+
+    @property
+    def waiting(self) -> int:
+        """Arenas that some client still maps."""
+        return len(self._waiting)
+
+    def start(self, tenant: str, sessions: dict[int, Session]) -> bool:
+        """Begins with one free segment that `tenant` may not own yet. False: there is none."""
+        segment = self._slots.foreign_free(tenant)
+        if segment is None:
+            return False
+        arena = self._tier.arena(segment)
+        if arena.id in self._waiting or segment in self._ready:
+            return True
+        holders = {s.id for s in sessions.values() if arena.id in s.announced}
+        self._waiting[arena.id] = (segment, holders)
+        for session_id in list(holders):
+            sessions[session_id].withdraw(arena.id)
+        self._look(arena.id)
+        return True
+
+    def returned(self, session_id: int, arena_id: int) -> None:
+        """The session no longer maps the arena (or is gone)."""
+        if arena_id in self._waiting:
+            self._waiting[arena_id][1].discard(session_id)
+            self._look(arena_id)
+
+    def _look(self, arena_id: int) -> None:
+        segment, holders = self._waiting[arena_id]
+        if not holders:
+            del self._waiting[arena_id]
+            self._ready.append(segment)
+            self._done()
+
+    async def run(self) -> None:
+        """Replaces the arenas of segments that nobody maps any longer."""
+        while self._ready:
+            segment = self._ready[0]
+            if self._slots.segments[segment].slot_class is None:
+                await self._in_thread(lambda: self._tier.recycle(segment))
+                self._slots.recycled(segment)
+            self._ready.pop(0)
+            self._done()
