@@ -10,7 +10,9 @@ Does not: answer clients (store.py) or run moves itself (transfer/mover.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -58,6 +60,7 @@ from kvtier.transfer.mover import Mover
 from kvtier.units import Clock
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _TICK_S = 0.25
 # A tier that failed to take a write is left alone for this long, then tried again.
 _CLOSED_S = 5.0
@@ -106,6 +109,7 @@ class Keeper:
             tiers,
             self._io_pool,
             self._moved,
+            after_batch=self.wake,
             before_write=self._register,
             batches_max=max(1, config.server.io_threads // 2),
             batch_moves_max=config.tiers.ssd.queue_depth_max,
@@ -123,7 +127,15 @@ class Keeper:
         self._closed_until_s: dict[TierId, float] = {}
         self._copied_down = 0
         self._starving = False
-        self._failure: BaseException | None = None
+        self._wipes_failed = 0
+
+    def reconfigure(self, config: Config) -> None:
+        """Takes over what may change live; the rest of `config` must be as it was."""
+        if config.server.bypass != self.config.server.bypass:
+            self.bypassed = config.server.bypass
+        self.config = config
+        self.moves.in_flight_max = config.limits.moves_in_flight_max
+        self.wake()
 
     def now_s(self) -> float:
         """Monotonic seconds."""
@@ -191,24 +203,23 @@ class Keeper:
         self.progress.notify()
 
     async def _tend(self) -> None:
-        try:
-            while True:
-                try:
-                    await asyncio.wait_for(self._woken.wait(), _TICK_S)
-                except TimeoutError:
-                    self._tick()
-                self._woken.clear()
-                self._hold_water_marks()
-                if self.ledger.reap():
-                    self._woken.set()
+        tick_at_s = self.now_s() + _TICK_S
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), max(0.0, tick_at_s - self.now_s()))
+            self._woken.clear()
+            if self.now_s() >= tick_at_s:
+                tick_at_s = self.now_s() + _TICK_S
+                self._tick()
+            self._hold_water_marks()
+            if self.ledger.reap():
+                self._woken.set()
+            try:
                 await self._erase_pending()
                 await self.recycling.run()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            # Books that disagree stop the daemon: it asks `failure` and never goes on.
-            self._failure = error
-            raise
+            except TierFailed as error:
+                log.warning("tier.failed %s", error)
+                self._close_for_a_while(TierId.SSD)
 
     @property
     def tending(self) -> asyncio.Task[None] | None:
@@ -296,9 +307,12 @@ class Keeper:
         else:
             self.moves.abort_move(move, source_corrupt=False, written=not _is_stopping(errors[0]))
             if not _is_stopping(errors[0]):
-                self.ledger.closed_tiers.add(move.route.target)
-                self._closed_until_s[move.route.target] = self.now_s() + _CLOSED_S
-        self.wake()
+                self._close_for_a_while(move.route.target)
+
+    def _close_for_a_while(self, tier: TierId) -> None:
+        """The tier failed: it takes no new copies for some seconds; what it has is still read."""
+        self.ledger.closed_tiers.add(tier)
+        self._closed_until_s[tier] = self.now_s() + _CLOSED_S
 
     # --- erasures
 
@@ -316,6 +330,9 @@ class Keeper:
         records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
         try:
             await self.in_thread(functools.partial(self.ssd.erase, records, durable=wipe))
+        except TierFailed:
+            self._wipes_failed += wipe
+            raise
         finally:
             # Also when it failed: a record that stayed names a slot whose header will tell
             # another story, and is a miss. The caller of an explicit evict is told.
@@ -329,10 +346,13 @@ class Keeper:
         """
         if self.ssd is None:
             return
+        failed_before = self._wipes_failed
         targets = [(space.id, key, tier) for key in keys for tier in self.ledger.tiers]
         while any(target in self.moves.by_target for target in targets):
             await self.progress.wait(_TICK_S)
         await self._erase_pending()
+        if self._wipes_failed != failed_before:
+            raise TierFailed("the blocks are gone, but not yet durably so: evict them again")
 
     async def begin_epoch(self, space: Namespace) -> None:
         """The namespace's new epoch is on stable storage when this returns. Raises TierFailed."""
@@ -389,9 +409,8 @@ class Keeper:
         """Flushes within the grace, waits for bytes in flight, closes the tiers in order."""
         self.draining = True
         self.progress.notify()
-        if self._failure is None:
+        if self._tending is not None and not self._tending.done():
             await self.flush(grace_s)
-        if self._tending is not None:
             self._tending.cancel()
             await asyncio.wait([self._tending])
         await self.mover.close()

@@ -9,6 +9,7 @@ Does not: pick segments in use; the ledger empties them first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 
 from kvtier.ledger.slots import TierSlots
@@ -72,7 +73,7 @@ class Recycling:
         while self._ready:
             segment = self._ready[0]
             if self._slots.segments[segment].slot_class is None:
-                await self._in_thread(lambda: self._tier.recycle(segment))
+                await self._in_thread(functools.partial(self._tier.recycle, segment))
                 self._slots.recycled(segment)
             self._ready.pop(0)
             self._done()

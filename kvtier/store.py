@@ -34,6 +34,7 @@ from kvtier.block import (
     SlotIO,
     SlotTable,
 )
+from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
 from kvtier.errors import (
     DaemonUnavailable,
@@ -69,7 +70,6 @@ class Store:
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper = keeper
-        self.config = keeper.config
         self._ledger = keeper.ledger
         self._filling = keeper.filling
         self._moves = keeper.moves
@@ -100,6 +100,15 @@ class Store:
         if self._spare_room is not None:
             self._spare_room.arena.close()
 
+    @property
+    def tending(self) -> asyncio.Task[None] | None:
+        """The background task: when it ends by an exception the daemon must stop."""
+        return self.keeper.tending
+
+    def reconfigure(self, config: Config) -> None:
+        """Takes over what may change live (SIGHUP)."""
+        self.keeper.reconfigure(config)
+
     # --- sessions
 
     def open_session(
@@ -116,7 +125,7 @@ class Store:
         """Makes the session and its write arena (`session.room.arena`; none when not `writes`, or
         under single-tenant trust). Raises LimitReached, DeviceUnavailable (no memory for it).
         """
-        if len(self._sessions) >= self.config.server.sessions_max:
+        if len(self._sessions) >= self.keeper.config.server.sessions_max:
             raise LimitReached(f"{len(self._sessions)} sessions (server.sessions_max) are attached")
         room = self._take_room() if writes and not self.keeper.single_tenant else None
         session = Session(
@@ -141,7 +150,7 @@ class Store:
         return room
 
     def _new_room(self) -> WriteRoom:
-        size_bytes = self.config.limits.write_arena_bytes
+        size_bytes = self.keeper.config.limits.write_arena_bytes
         return WriteRoom(Arena("write", size_bytes, writable=True, huge_pages="off"))
 
     def _make_spare_room(self) -> None:
@@ -199,10 +208,10 @@ class Store:
         self, session: Session, spec: NamespaceSpec, prefill_tokens_per_s: float
     ) -> tuple[int, int, int]:
         """(namespace_id, epoch, shard_bytes). `spec.tenant` is replaced by the session's."""
-        if spec.format.shard_bytes > self.config.limits.block_bytes_max:
+        if spec.format.shard_bytes > self.keeper.config.limits.block_bytes_max:
             raise InvalidRequest(
                 f"a shard of {spec.format.shard_bytes} bytes is over limits.block_bytes_max = "
-                f"{self.config.limits.block_bytes_max}"
+                f"{self.keeper.config.limits.block_bytes_max}"
             )
         space = self._ledger.open_namespace(replace(spec, tenant=session.tenant))
         if prefill_tokens_per_s > 0:
@@ -317,7 +326,7 @@ class Store:
     def _take_lease(
         self, session: Session, space: Namespace, keys: Keys, found: Found, spans: list[Span]
     ) -> Lease:
-        if len(session.leases) >= self.config.limits.leases_per_session_max:
+        if len(session.leases) >= self.keeper.config.limits.leases_per_session_max:
             raise LimitReached(
                 f"{len(session.leases)} leases of this session (limits.leases_per_session_max): "
                 "release some"
@@ -416,7 +425,7 @@ class Store:
         space = self._space(session, namespace_id)
         if self.keeper.is_bypassed([(space, keys)]):
             return ReserveGrant(0, (), len(keys), 0, None)
-        if len(session.reservations) >= self.config.limits.reservations_per_session_max:
+        if len(session.reservations) >= self.keeper.config.limits.reservations_per_session_max:
             raise LimitReached(
                 f"{len(session.reservations)} reservations of this session "
                 "(limits.reservations_per_session_max): commit or abort some"
@@ -435,7 +444,7 @@ class Store:
                 session_id=session.id,
                 count_max=self._room_count(session, space, len(keys)),
                 now_s=now_s,
-                deadline_s=now_s + self.config.limits.reservation_ttl_s,
+                deadline_s=now_s + self.keeper.config.limits.reservation_ttl_s,
             )
             if offer.reservation is not None:
                 table = self._place(session, offer.reservation)

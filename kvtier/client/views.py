@@ -89,7 +89,7 @@ class Holding:
 class Hold:
     """Lives as long as the lease object or anything derived from its views does."""
 
-    __slots__ = ("holding", "places")
+    __slots__ = ("__weakref__", "holding", "places")
 
     def __init__(self, session: Session, lease_id: int, places: Places) -> None:
         self.holding = Holding(session, lease_id)

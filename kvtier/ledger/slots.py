@@ -115,7 +115,7 @@ class TierSlots:
         return taken
 
     def _own(self, slot_class: SlotClass) -> int:
-        tenant, slot_bytes = slot_class
+        tenant = slot_class[0]
         # Prefer a segment this tenant's clients map already: nothing to hand over again.
         choice = next(
             (s for s in reversed(self._free_segments) if self.segments[s].home == tenant), None

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from kvtier.block import SHARDS_MAX, Found, Keys, LookupAnswer, Reason
-from kvtier.errors import InvalidRequest, LimitReached
+from kvtier.errors import DaemonUnavailable, InvalidRequest, LimitReached
 from kvtier.server.borders import Border, Context, stream, unary
 from kvtier.server.sessions import SessionServer
 from kvtier.store import Store
@@ -249,17 +249,24 @@ class CacheService:
         assert connection.session is not None
         if len(connection.watches) >= WATCHES_PER_SESSION_MAX:
             raise LimitReached(f"{WATCHES_PER_SESSION_MAX} watches run in this session already")
-        task: asyncio.Task[Any] | None = asyncio.current_task()
-        assert task is not None
-        connection.watches.add(task)
-        try:
-            events = self._store.watch(
-                connection.session, request.namespace_id, request.from_revision
-            )
-            async for event in events:
-                yield encode_event(event).SerializeToString()
-        finally:
-            connection.watches.discard(task)
+        events = self._store.watch(connection.session, request.namespace_id, request.from_revision)
+        while True:
+            # A task of its own, which the end of the session cancels: gRPC sends no status to the
+            # client when the handler's task is cancelled.
+            pull = asyncio.ensure_future(anext(events, None))
+            connection.watches.add(pull)
+            try:
+                event = await pull
+            except asyncio.CancelledError:
+                if not pull.cancelled():  # the caller went away
+                    pull.cancel()
+                    raise
+                raise DaemonUnavailable("the session ended, or the daemon stops") from None
+            finally:
+                connection.watches.discard(pull)
+            if event is None:
+                return
+            yield encode_event(event).SerializeToString()
 
 
 def _miss(group_count: int, reason: Reason) -> bytes:

@@ -44,14 +44,14 @@ class Connection:
     """One client's session socket, from accept to its end. Event loop only.
 
     `session` is there once the Hello was accepted. `answers` (by request id) and
-    `watches` (running Watch calls) belong to `cache_service` and end with the connection.
+    `watches` (what Watch calls wait for) belong to `cache_service` and end with the connection.
     """
 
     def __init__(self, server: SessionServer, peer: socket.socket, tenants: Tenants) -> None:
         self.session: Session | None = None
         self.token = b""
         self.answers = server.new_answers()
-        self.watches: set[asyncio.Task[Any]] = set()
+        self.watches: set[asyncio.Future[Any]] = set()
         self.ended = False
         self._server = server
         self._tenants = tenants
@@ -195,6 +195,11 @@ class Connection:
             self._blocked = False
             self._flush()
 
+    def end_watches(self) -> None:
+        """Ends the session's Watch calls: they have no end of their own."""
+        for pull in self.watches:
+            pull.cancel()
+
     def end(self, why: str) -> None:
         """Everything the client held is returned, its calls are cancelled. Idempotent."""
         if self.ended:
@@ -211,8 +216,7 @@ class Connection:
             if fd >= 0:
                 os.close(fd)
         self._outbox.clear()
-        for task in self.watches:
-            task.cancel()
+        self.end_watches()
         self.answers.clear()
         self._server.forget(self)
         if self.session is not None:

@@ -31,13 +31,13 @@ from kvtier.errors import DeviceUnavailable, KvTierError
 from kvtier.sections import session_socket
 from kvtier.server import admin_service, cache_service
 from kvtier.server.borders import Border
-from kvtier.server.sessions import SessionServer, Tenants
 from kvtier.server.environment import (
     StateLock,
     check_memory,
     make_directories,
     notify_service_manager,
 )
+from kvtier.server.sessions import SessionServer, Tenants
 from kvtier.server.sockets import ADMIN_SOCKET_MODE, CLIENT_SOCKET_MODE, SocketPath
 from kvtier.store import Store
 from kvtier.units import SystemClock

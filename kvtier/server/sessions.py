@@ -154,10 +154,9 @@ class SessionServer:
         self._attached.pop(connection.token, None)
 
     def end_watches(self) -> None:
-        """Cancels every Watch call: they have no end of their own."""
+        """Ends the Watch calls of all sessions."""
         for connection in self._connections:
-            for task in connection.watches:
-                task.cancel()
+            connection.end_watches()
 
     def stop(self) -> None:
         """Accepts no more and ends every session. Idempotent."""

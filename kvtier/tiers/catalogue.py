@@ -1,7 +1,7 @@
 r"""Catalogue: which slot of the SSD tier holds what, in LMDB.
 
 A record's key is its slot number (u32, native order: LMDB integerkey), so a slot can never be
-claimed twice and neighbours share pages; its value is `_RECORD`, then key, then parent. The first
+claimed twice and neighbours share pages; its value is `_RECORD`, `_KIND`, key, parent. The first
 field is XXH3-64 of all that follows, which repeats the slot number: LMDB itself returned 132 of
 150 flipped bits as good content (reliability.md 1.1).
 
@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -28,16 +29,19 @@ import lmdb
 import lmdb.verify
 import xxhash
 
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
+from kvtier.block import SEGMENTS_MAX, SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
 from kvtier.errors import TierFailed
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.state import sync_directory, write_durably
 from kvtier.units import GIB, KIB, MIB
 
-# checksum, slot, slot_bytes, size, payload checksum, generation, epoch, position, parent length,
-# codec, fidelity, namespace, shard, key length; namespace to key is one stretch: the identity.
-_RECORD: Final = struct.Struct("=QIIQQQQIBBB16sHB")
-_IDENTITY: Final = _RECORD.size - 19
+# checksum, slot, position, payload checksum, generation; then the kind: slot_bytes, size, epoch,
+# namespace, shard, codec, fidelity, key length, parent length. Neighbours share their kind, so it
+# is decoded once for all of them.
+_RECORD: Final = struct.Struct("=QIIQQ")
+_KIND: Final = struct.Struct("=IQQ16sHBBBB")
+_KIND_AT: Final = _RECORD.size
+_KEY_AT: Final = _RECORD.size + _KIND.size
 _CODECS: Final = {int(codec): codec for codec in Codec}
 _FIDELITIES: Final = {int(fidelity): fidelity for fidelity in Fidelity}
 _MAP_BYTES_MIN: Final = 64 * MIB
@@ -51,17 +55,29 @@ _checksum: Callable[[bytes], int] = xxhash.xxh3_64_intdigest
 
 def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, bytes]:
     """Key and value of a record."""
-    packed = _RECORD.pack(
-        0, slot, slot_bytes, label.size_bytes, label.checksum, label.generation, label.epoch,
-        label.position, len(label.parent), label.codec, label.fidelity, label.namespace,
-        label.shard, len(label.key),
+    head = _RECORD.pack(0, slot, label.position, label.checksum, label.generation)
+    kind = _KIND.pack(
+        slot_bytes, label.size_bytes, label.epoch, label.namespace, label.shard, label.codec,
+        label.fidelity, len(label.key), len(label.parent),
     )  # fmt: skip
-    body = packed[8:] + label.key + label.parent
+    body = b"".join((head[8:], kind, label.key, label.parent))
     return body[:4], _checksum(body).to_bytes(8, "little") + body
 
 
-def _identity(label: SlotLabel) -> bytes:
-    return label.namespace + struct.pack("=HB", label.shard, len(label.key)) + label.key
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What many records have in common; `newest` is shared by all of one namespace and shard."""
+
+    slot_bytes: int
+    size_bytes: int
+    epoch: int
+    namespace: bytes
+    shard: int
+    codec: Codec
+    fidelity: Fidelity
+    key_end: int
+    parent_end: int
+    newest: dict[bytes, int]  # key -> index of its record
 
 
 class Catalogue:
@@ -220,45 +236,43 @@ class Catalogue:
         """
         good: list[SlotRecord] = []
         bad: list[int] = []
-        newest: dict[bytes, int] = {}  # identity -> index in `good`
-        unpack, start, checksum_at = _RECORD.unpack_from, _RECORD.size, _checksum
-        codecs, fidelities, segments = _CODECS, _FIDELITIES, len(cuts)
+        kinds: dict[bytes, _Kind | None] = {}
+        newest: dict[tuple[bytes, int], dict[bytes, int]] = {}
+        unpack, checksum_of, new = _RECORD.unpack_from, _checksum, tuple.__new__
         mask = SLOTS_PER_SEGMENT_MAX - 1
+        limits = [(cut[0], cut[1], segment_bytes) for cut in cuts]
+        limits += [(0, 0, 0)] * (SEGMENTS_MAX - len(limits))
 
         def work(transaction: lmdb.Transaction[bytes]) -> None:
-            for key, value in transaction.cursor():
+            for stored_key, value in transaction.cursor():
                 body = value[8:]
-                if len(value) < start or body[:4] != key:
+                sound = len(value) >= _KEY_AT and body[:4] == stored_key
+                if not sound or checksum_of(body).to_bytes(8, "little") != value[:8]:
                     self.damaged_count += 1
-                    bad.append(int.from_bytes(key, "little"))
+                    bad.append(int.from_bytes(stored_key, "little"))
                     continue
-                (
-                    checksum, slot, slot_bytes, size_bytes, payload_checksum, generation, epoch,
-                    position, parent_length, codec, fidelity, namespace, shard, key_length,
-                ) = unpack(value)  # fmt: skip
-                if checksum_at(body) != checksum:
-                    self.damaged_count += 1
-                    bad.append(int.from_bytes(key, "little"))
-                    continue
-                segment, end = slot >> SLOT_BITS, start + key_length
-                cut = cuts[segment] if segment < segments else (0, 0)
+                _, slot, position, payload_checksum, generation = unpack(value)
+                packed = value[_KIND_AT:_KEY_AT]
+                kind = kinds.get(packed)
+                if kind is None and packed not in kinds:
+                    kind = kinds[packed] = _decode_kind(packed, epochs, newest)
+                slot_bytes, generation_min, end = limits[slot >> SLOT_BITS]
                 if (
-                    epochs.get(namespace) != epoch
-                    or cut[0] != slot_bytes
-                    or cut[1] > generation
-                    or (slot & mask) * slot_bytes + slot_bytes > segment_bytes
-                    or codec not in codecs
-                    or fidelity not in fidelities
+                    kind is None
+                    or kind.slot_bytes != slot_bytes
+                    or generation < generation_min
+                    or (slot & mask) * slot_bytes + slot_bytes > end
                 ):
                     bad.append(slot)
                     continue
+                key = value[_KEY_AT : kind.key_end]
                 label = SlotLabel(
-                    namespace, epoch, value[start:end], value[end : end + parent_length], position,
-                    shard, size_bytes, payload_checksum, codecs[codec], fidelities[fidelity],
-                    generation,
+                    kind.namespace, kind.epoch, key, value[kind.key_end : kind.parent_end],
+                    position, kind.shard, kind.size_bytes, payload_checksum, kind.codec,
+                    kind.fidelity, generation,
                 )  # fmt: skip
-                record = SlotRecord(slot, slot_bytes, label)
-                index = newest.setdefault(value[_IDENTITY:end], len(good))
+                record = new(SlotRecord, (slot, slot_bytes, label))
+                index = kind.newest.setdefault(key, len(good))
                 if index == len(good):
                     good.append(record)
                 elif generation > good[index].label.generation:
@@ -301,10 +315,29 @@ class Catalogue:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
 
+def _decode_kind(
+    packed: bytes,
+    epochs: Mapping[bytes, int],
+    newest: dict[tuple[bytes, int], dict[bytes, int]],
+) -> _Kind | None:
+    """The kind, or None when blocks of that kind no longer count."""
+    fields = _KIND.unpack(packed)
+    slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_length, parent = fields
+    if epochs.get(namespace) != epoch or codec not in _CODECS or fidelity not in _FIDELITIES:
+        return None
+    key_end = _KEY_AT + key_length
+    return _Kind(
+        slot_bytes, size_bytes, epoch, namespace, shard, _CODECS[codec], _FIDELITIES[fidelity],
+        key_end, key_end + parent, newest.setdefault((namespace, shard), {}),
+    )  # fmt: skip
+
+
 def _names(value: bytes, label: SlotLabel) -> bool:
     """Whether a stored record is of this block, and of this writing of it if that is known."""
-    if len(value) < _RECORD.size:
+    if len(value) < _KEY_AT:
         return True
-    fields = _RECORD.unpack_from(value)
-    end = _RECORD.size + fields[-1]
-    return value[_IDENTITY:end] == _identity(label) and label.generation in (0, fields[5])
+    _, _, _, namespace, shard, _, _, key_length, _ = _KIND.unpack_from(value, _KIND_AT)
+    stored = (namespace, shard, value[_KEY_AT : _KEY_AT + key_length])
+    generation = _RECORD.unpack_from(value)[4]
+    same = stored == (label.namespace, label.shard, label.key)
+    return same and label.generation in (0, generation)

@@ -58,7 +58,7 @@ class Mover:
     """Runs moves between the tiers given. Event loop only; `close` before the executor ends.
 
     `report(move, errors)` is called on the loop, once a move: no errors = the target holds the
-    bytes. `before_write(moves)` is called in the worker thread before bytes are written below.
+    bytes. `after_batch()` follows the reports of a batch. `before_write(moves)` is called in the worker thread before bytes are written below.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Mover:
         executor: Executor,
         report: Report,
         *,
+        after_batch: Callable[[], None],
         before_write: Callable[[Sequence[Move]], None],
         batches_max: int = 2,
         batch_moves_max: int = 64,
@@ -75,6 +76,7 @@ class Mover:
         self._tiers = tiers
         self._executor = executor
         self._report = report
+        self._after_batch = after_batch
         self._before_write = before_write
         self._batches_max = batches_max
         self._batch_moves_max = batch_moves_max
@@ -186,6 +188,7 @@ class Mover:
             counts.move_count += 1
             counts.failed_count += bool(failures)
             self._report(move, failures)
+        self._after_batch()
 
     @property
     def is_idle(self) -> bool:

@@ -71,7 +71,9 @@ def patch(path: Path, offset: int, content: bytes) -> bytes:
 
 def die(tier: SsdTier) -> None:
     """Ends the tier like a kill: nothing is synced, no clean marker is left."""
-    tier._catalogue._env.close()
+    env = tier._catalogue._env
+    assert env is not None
+    env.close()
     tier._catalogue._env = None
     tier.close()
 
