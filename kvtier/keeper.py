@@ -15,7 +15,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from kvtier import native
@@ -28,7 +27,6 @@ from kvtier.block import (
     SlotIO,
     SlotLabel,
     TierId,
-    TierRun,
 )
 from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
@@ -433,22 +431,18 @@ class Keeper:
 
     def predicted(self, space: Namespace, found: Found) -> Found:
         """The answer with its predicted load time; cut where loading costs more than prefill."""
-        size_bytes = space.spec.format.size_bytes
-        kept: list[TierRun] = []
-        load_ms = 0.0
-        prefill = space.prefill_tokens_per_s
-        for run in found.runs:
+        size_bytes, prefill = space.size_bytes, space.prefill_tokens_per_s
+        load_ms, count = 0.0, 0
+        for index, run in enumerate(found.runs):
             run_ms = run.block_count * size_bytes / self._rate(run.tier) * 1000
-            prefill_ms = run.block_count * space.block_tokens / prefill * 1000 if prefill else 0
-            if prefill and run_ms > prefill_ms and space.needed_blocks is None:
-                count = sum(k.block_count for k in kept)
-                reason = Reason.SLOWER_THAN_PREFILL
-                return replace(
-                    found, block_count=count, runs=tuple(kept), load_ms=load_ms, reason=reason
-                )
+            if prefill and space.needed_blocks is None:
+                prefill_ms = run.block_count * space.block_tokens / prefill * 1000
+                if run_ms > prefill_ms:
+                    reason = Reason.SLOWER_THAN_PREFILL
+                    return Found(count, found.runs[:index], load_ms, reason)
             load_ms += run_ms
-            kept.append(run)
-        return replace(found, load_ms=load_ms)
+            count += run.block_count
+        return Found(found.block_count, found.runs, load_ms, found.reason, found.first_needed)
 
     def _rate(self, tier: TierId) -> float:
         for route, counts in self.mover.counts.items():

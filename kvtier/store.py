@@ -368,7 +368,8 @@ class Store:
         """Where these DRAM slots are mapped; the client has been sent every arena named."""
         views: list[SegmentView] = []
         revocations: dict[int, int] = {}
-        for segment in segments_of(slots):
+        packed = slots.tobytes()
+        for segment in segments_of(packed):
             arena = self.keeper.dram.arena(segment)
             views.append(SegmentView(segment, arena.id, arena.base_offset))
             if arena.id not in session.announced:
@@ -381,7 +382,7 @@ class Store:
             generations = {s: self.keeper.revoked[s] for s in slots if s in self.keeper.revoked}
         slot_bytes = space.slot_bytes[self._ledger.top]
         return SlotTable(
-            slots.tobytes(), slot_bytes, space.shard_bytes, tuple(views), generations, revocations
+            packed, slot_bytes, space.shard_bytes, tuple(views), generations, revocations
         )
 
     def release(self, session: Session, lease_ids: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ Does not: wait, or know which client it runs in.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -74,18 +75,19 @@ def lookup(
     chains = [packed_keys(keys) for _, keys in groups]
     request: cache_pb2.LookupRequest | None = None
 
-    def build(token: bytes, ids: Sequence[int], request_id: str) -> cache_pb2.LookupRequest:
+    def build(token: bytes, ids: Sequence[int]) -> cache_pb2.LookupRequest:
         nonlocal request
         request = cache_pb2.LookupRequest(
             session_token=token,
-            groups=_queries(ids, chains),
             lease=lease,
             prefetch=prefetch,
             touch=touch,
             skip_read=skip_read,
             shard=shard,
-            request_id=request_id if lease else "",
+            request_id=_request_id() if lease else "",
         )
+        for namespace_id, chain in zip(ids, chains, strict=True):
+            request.groups.add(namespace_id=namespace_id, keys=chain.packed, key_bytes=chain.size)
         return request
 
     try:
@@ -104,10 +106,6 @@ def lookup(
         linker.log_miss(error)
         reason = Reason.DEADLINE if isinstance(error, DeadlineExceeded) else Reason.DAEMON_DOWN
         return GroupsFound(tuple(LeasedFound(0, reason=reason) for _ in groups), 0)
-
-
-def _queries(ids: Sequence[int], chains: Sequence[Keys]) -> list[cache_pb2.GroupQuery]:
-    return [wire.encode_query(GroupQuery(i, keys)) for i, keys in zip(ids, chains, strict=True)]
 
 
 def _found(
@@ -151,12 +149,12 @@ def lease(
     chain = None if keys is None else packed_keys(keys)
     request: cache_pb2.LeaseRequest | None = None
 
-    def build(token: bytes, ids: Sequence[int], request_id: str) -> cache_pb2.LeaseRequest:
+    def build(token: bytes, ids: Sequence[int]) -> cache_pb2.LeaseRequest:
         nonlocal request
         request = cache_pb2.LeaseRequest(session_token=token, lease_id=lease_id, shard=shard)
         if chain is not None:
             request.group.CopyFrom(wire.encode_query(GroupQuery(ids[0], chain)))
-            request.request_id = request_id
+            request.request_id = _request_id()
         return request
 
     try:
@@ -188,7 +186,7 @@ def reserve(
         raise InvalidRequest(f"the parent has {len(parent)} bytes, the keys have {chain.size}")
     request: cache_pb2.ReserveRequest | None = None
 
-    def build(token: bytes, ids: Sequence[int], request_id: str) -> cache_pb2.ReserveRequest:
+    def build(token: bytes, ids: Sequence[int]) -> cache_pb2.ReserveRequest:
         nonlocal request
         request = cache_pb2.ReserveRequest(
             session_token=token,
@@ -198,7 +196,7 @@ def reserve(
             parent=parent or b"",
             position=position,
             shard=shard,
-            request_id=request_id,
+            request_id=_request_id(),
             skip_save=skip_save,
         )
         return request
@@ -266,8 +264,8 @@ def chain_call(
     chain = packed_keys(keys)
     kind = getattr(cache_pb2, f"{method}Request")
 
-    def build(token: bytes, ids: Sequence[int], request_id: str) -> Any:
-        named = {} if method == "Prefetch" else {"request_id": request_id}
+    def build(token: bytes, ids: Sequence[int]) -> Any:
+        named = {} if method == "Prefetch" else {"request_id": _request_id()}
         query = wire.encode_query(GroupQuery(ids[0], chain))
         return kind(session_token=token, group=query, **named)
 
@@ -278,9 +276,9 @@ def chain_call(
 def clear(linker: Linker, space: SpaceState, timeout_s: float | None) -> Flow[int]:
     """Starts a new epoch; returns the blocks forgotten."""
 
-    def build(token: bytes, ids: Sequence[int], request_id: str) -> Any:
+    def build(token: bytes, ids: Sequence[int]) -> Any:
         return cache_pb2.ClearNamespaceRequest(
-            session_token=token, namespace_id=ids[0], request_id=request_id
+            session_token=token, namespace_id=ids[0], request_id=_request_id()
         )
 
     _, answer = yield from linker.call(
@@ -301,6 +299,10 @@ def watch(
         session_token=link.session.token, namespace_id=namespace_id, from_revision=from_revision
     )
     return link.stub.Watch, request, namespace_id
+
+
+def _request_id() -> str:
+    return uuid.uuid4().hex
 
 
 def until_of(linker: Linker, timeout_s: float | None) -> float:

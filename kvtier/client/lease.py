@@ -124,11 +124,14 @@ class LeaseState:
         if not self.lease_id:
             return
         hold = self._hold_weak()
-        if hold is None and (self._released or self._holding is not None):
+        gone = hold is None and (self._released or self._holding is not None)
+        taken_back = hold is not None and hold.places.taken_back()
+        del hold  # a traceback of what follows must not keep the lease
+        if gone:
             raise released()
         if not self._link.session.probe():
             raise LeaseLost("the daemon that gave the lease is gone, and the lease with it")
-        if hold is not None and hold.places.taken_back():
+        if taken_back:
             raise LeaseLost("the daemon took the lease back: what was read may be other bytes")
 
     def wait_flow(self, timeout_s: float) -> Flow[None]:

@@ -14,7 +14,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ CHANNEL_OPTIONS: Final = (
 )
 
 T = TypeVar("T")
-Build = Callable[[bytes, Sequence[int], str], Any]
+Build = Callable[[bytes, Sequence[int]], Any]  # session token, namespace ids
 _log = logging.getLogger("kvtier.client")
 
 
@@ -152,12 +151,12 @@ class Linker:
     ) -> Flow[tuple[Link, Any]]:
         """Links if needed, opens the spaces if needed, and calls.
 
-        `build(token, namespace ids, request id)` makes the request. A namespace that the daemon
-        no longer knows is opened again, once. `patience_s`: see `link`.
+        `build(token, namespace ids)` makes the request, with a request id of its own. A namespace
+        that the daemon no longer knows is opened again, once. `patience_s`: see `link`.
         """
         link = yield from self.link(until_s, patience_s)
         ids = yield from self._ids(link, spaces, until_s)
-        request = build(link.session.token, ids, uuid.uuid4().hex)
+        request = build(link.session.token, ids)
         try:
             return link, (yield from link.call(method, request, until_s))
         except NotFound:
@@ -166,7 +165,7 @@ class Linker:
         for space in spaces:
             space.opened = None
         ids = yield from self._ids(link, spaces, until_s)
-        request = build(link.session.token, ids, uuid.uuid4().hex)
+        request = build(link.session.token, ids)
         return link, (yield from link.call(method, request, until_s))
 
     def open(self, space: SpaceState, until_s: float) -> Flow[int]:

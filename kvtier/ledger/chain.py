@@ -115,6 +115,7 @@ class Namespace:
         self.key_size = 0
         self.shards = spec.format.shards
         self.shard_bytes = spec.format.shard_bytes
+        self.size_bytes = spec.format.size_bytes
         self.slot_bytes = slot_bytes
         self.needed_blocks = spec.format.needed_blocks
         self.block_tokens = spec.format.block_tokens

@@ -20,6 +20,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvtier.block import (
     SLOT_BITS,
@@ -580,9 +581,12 @@ def _length(spans: list[Span]) -> int:
     return sum(end - start for _, start, end in spans)
 
 
-def segments_of(slots: array[int]) -> set[int]:
-    """Segments that these slot numbers lie in. A few microseconds for hundreds of slots."""
+@lru_cache(maxsize=512)
+def segments_of(slots: bytes) -> frozenset[int]:
+    """Segments that these packed little-endian u32 slot numbers lie in. Kept for the last tables:
+    the workers of one engine, and the turns of one conversation, ask for the same ones.
+    """
     halves = array("H")
-    halves.frombytes(slots.tobytes())
-    # Little endian: the upper half of each u32 comes second; its upper 12 bits are the segment.
-    return {half >> 4 for half in set(halves[1::2])}
+    halves.frombytes(slots)
+    # The upper half of each u32 comes second; its upper 12 bits are the segment.
+    return frozenset(half >> 4 for half in set(halves[1::2]))

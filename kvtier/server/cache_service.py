@@ -258,8 +258,8 @@ class CacheService:
             try:
                 event = await pull
             except asyncio.CancelledError:
-                if not pull.cancelled():  # the caller went away
-                    pull.cancel()
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():  # the caller went away
                     raise
                 raise DaemonUnavailable("the session ended, or the daemon stops") from None
             finally:

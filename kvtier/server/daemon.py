@@ -52,6 +52,7 @@ SWITCH_INTERVAL_S = 0.0005
 GC_THRESHOLDS = (50_000, 50, 1_000_000)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _METRICS_TIMEOUT_S = 5.0
+_PACKAGE = Path(kvtier.__file__).parent
 _HEALTH_NAMES = ("", "liveness", cache_service.SERVICE, admin_service.SERVICE)
 
 OpenStore = Callable[[Config], Awaitable[Store]]
@@ -150,8 +151,6 @@ class Daemon:
         self._lock = StateLock(config.state.dir)
         predecessor_bytes = check_memory(config)
         store = self._store = await open_store(config)
-        if config.server.bypass:
-            store.bypass(True, 0)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()
@@ -232,16 +231,14 @@ class Daemon:
 
     async def wait(self) -> None:
         """Returns when a signal asks to stop. A background task's death ends the process."""
+        assert self._store is not None
         stopped = asyncio.create_task(self._stop.wait())
-        failed: asyncio.Future[Any] | None = getattr(self._store, "failed", None)
-        await asyncio.wait(
-            [stopped] if failed is None else [stopped, failed],
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        error = None if failed is None or not failed.done() else failed.exception()
+        tending = self._store.tending
+        awaited = [stopped] if tending is None else [stopped, tending]
+        done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        if error is not None:
-            self.fatal(error)
+        if tending is not None and tending in done:
+            self.fatal(tending.exception() or AssertionError("the store's task ended by itself"))
 
     async def stop(self) -> None:
         """Everything ends in reverse order, within the grace. Also after a failed start."""
@@ -300,25 +297,23 @@ class Daemon:
         old, self.config = self.config, taken
         for name, live in configuration.describe_changes(old, new):
             log.info("config.changed %s%s", name, "" if live else ": needs a restart")
-        self._apply(old, taken)
+        self._apply(taken)
         log.info("config.reloaded")
 
-    def _apply(self, old: Config, new: Config) -> None:
+    def _apply(self, new: Config) -> None:
         assert self._store is not None
         assert self._sessions is not None
         logging.getLogger("kvtier").setLevel(new.server.log_level.upper())
         self._sessions.request_ids_max = new.limits.request_ids_max
-        if old.server.bypass != new.server.bypass:
-            self._store.bypass(new.server.bypass, 0)
-        reconfigure = getattr(self._store, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(new)
+        self._store.reconfigure(new)
 
     # --- bugs
 
     def _on_loop_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Callbacks and tasks that nobody awaits (moves, background work) end here."""
         error = context.get("exception")
-        if isinstance(error, AssertionError):
+        died = _is_ours(context.get("task") or context.get("future"))
+        if error is not None and (isinstance(error, AssertionError) or died):
             self.fatal(error)
         loop.default_exception_handler(context)
 
@@ -326,11 +321,16 @@ class Daemon:
         """Logs why and what the books say, and leaves the process: nothing may be trusted."""
         try:
             log.critical("daemon.bug: stopping at once", exc_info=error)
-            dump = getattr(self._store, "dump", None)
-            log.critical("store: %s", dump() if dump is not None else repr(self._store))
+            log.critical("daemon.books %r", self._store)
             logging.shutdown()
         finally:
             os._exit(EXIT_INVARIANT)
+
+
+def _is_ours(task: object) -> bool:
+    """Whether this is a task that runs a coroutine of kvtier, and not one of gRPC's."""
+    code = getattr(task.get_coro(), "cr_code", None) if isinstance(task, asyncio.Task) else None
+    return code is not None and Path(code.co_filename).is_relative_to(_PACKAGE)
 
 
 def _leave_at_once(number: int, _: object) -> NoReturn:

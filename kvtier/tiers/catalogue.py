@@ -21,9 +21,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import lmdb
 import lmdb.verify
@@ -44,6 +43,7 @@ _KIND_AT: Final = _RECORD.size
 _KEY_AT: Final = _RECORD.size + _KIND.size
 _CODECS: Final = {int(codec): codec for codec in Codec}
 _FIDELITIES: Final = {int(fidelity): fidelity for fidelity in Fidelity}
+_COMPLETE: Final = b"complete"  # in the main database, beside the one of slots
 _MAP_BYTES_MIN: Final = 64 * MIB
 _MAP_BYTES_MAX: Final = 256 * GIB  # address space, not memory
 _BLOCK_BYTES_GUESS: Final = 64 * KIB  # a guess of the smallest common slot; the map grows if wrong
@@ -64,8 +64,7 @@ def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, by
     return body[:4], _checksum(body).to_bytes(8, "little") + body
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What many records have in common; `newest` is shared by all of one namespace and shard."""
 
     slot_bytes: int
@@ -93,7 +92,7 @@ class Catalogue:
         self.damaged_count = 0
 
     def open(self) -> bool:
-        """Opens it; False when it is new (or was set aside) and slabs must be scanned."""
+        """Opens it; False when slabs must be scanned to fill it, followed by `complete`."""
         fresh = not (self._path / "data.mdb").exists()
         if not fresh:
             problem = None if self._clean.exists() else self._problem()
@@ -108,7 +107,14 @@ class Catalogue:
                 raise TierFailed(f"{self._path}: {problem}")
         else:
             self._forget_clean()
-        return not fresh
+        with self._lock:
+            assert self._env is not None
+            with self._env.begin() as transaction:
+                return transaction.get(_COMPLETE) is not None
+
+    def complete(self) -> None:
+        """All that slabs hold is listed: from now on the catalogue alone is believed."""
+        self._transact(lambda transaction: transaction.put(_COMPLETE, b"1", db=self._main))
 
     def _problem(self) -> str | None:
         """Why the file cannot be trusted after an unclean end; read without mapping it."""
@@ -128,6 +134,7 @@ class Catalogue:
                 str(self._path), map_size=self._map_bytes, mode=0o600, metasync=False, max_dbs=1,
                 readahead=False,
             )  # fmt: skip
+            self._main = env.open_db(None)
             self._db = env.open_db(b"slots", integerkey=True)
             env.reader_check()
         except (lmdb.Error, OSError) as error:
@@ -162,7 +169,7 @@ class Catalogue:
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
-    def _transact(self, work: Callable[[lmdb.Transaction[bytes]], None]) -> None:
+    def _transact(self, work: Callable[[lmdb.Transaction[bytes]], object]) -> None:
         """`work` in one committed transaction, with a larger map if it needs one."""
         with self._lock:
             if self._env is None:
@@ -236,43 +243,47 @@ class Catalogue:
         """
         good: list[SlotRecord] = []
         bad: list[int] = []
-        kinds: dict[bytes, _Kind | None] = {}
+        kinds: dict[bytes, _Kind] = {}
         newest: dict[tuple[bytes, int], dict[bytes, int]] = {}
         unpack, checksum_of, new = _RECORD.unpack_from, _checksum, tuple.__new__
         mask = SLOTS_PER_SEGMENT_MAX - 1
-        limits = [(cut[0], cut[1], segment_bytes) for cut in cuts]
+        limits = [(cut[0], cut[1], segment_bytes // max(cut[0], 1)) for cut in cuts]
         limits += [(0, 0, 0)] * (SEGMENTS_MAX - len(limits))
 
         def work(transaction: lmdb.Transaction[bytes]) -> None:
             for stored_key, value in transaction.cursor():
                 body = value[8:]
-                sound = len(value) >= _KEY_AT and body[:4] == stored_key
-                if not sound or checksum_of(body).to_bytes(8, "little") != value[:8]:
+                if len(body) >= _KEY_AT - 8 and body[:4] == stored_key:
+                    checksum, slot, position, payload_checksum, generation = unpack(value)
+                else:
+                    checksum = slot = -1
+                if checksum_of(body) != checksum:
                     self.damaged_count += 1
                     bad.append(int.from_bytes(stored_key, "little"))
                     continue
-                _, slot, position, payload_checksum, generation = unpack(value)
                 packed = value[_KIND_AT:_KEY_AT]
                 kind = kinds.get(packed)
-                if kind is None and packed not in kinds:
+                if kind is None:
                     kind = kinds[packed] = _decode_kind(packed, epochs, newest)
-                slot_bytes, generation_min, end = limits[slot >> SLOT_BITS]
+                (
+                    slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_end,
+                    parent_end, places,
+                ) = kind  # fmt: skip
+                cut_bytes, generation_min, slot_count = limits[slot >> SLOT_BITS]
                 if (
-                    kind is None
-                    or kind.slot_bytes != slot_bytes
+                    slot_bytes != cut_bytes
                     or generation < generation_min
-                    or (slot & mask) * slot_bytes + slot_bytes > end
+                    or slot & mask >= slot_count
                 ):
                     bad.append(slot)
                     continue
-                key = value[_KEY_AT : kind.key_end]
+                key = value[_KEY_AT:key_end]
                 label = SlotLabel(
-                    kind.namespace, kind.epoch, key, value[kind.key_end : kind.parent_end],
-                    position, kind.shard, kind.size_bytes, payload_checksum, kind.codec,
-                    kind.fidelity, generation,
+                    namespace, epoch, key, value[key_end:parent_end], position, shard, size_bytes,
+                    payload_checksum, codec, fidelity, generation,
                 )  # fmt: skip
                 record = new(SlotRecord, (slot, slot_bytes, label))
-                index = kind.newest.setdefault(key, len(good))
+                index = places.setdefault(key, len(good))
                 if index == len(good):
                     good.append(record)
                 elif generation > good[index].label.generation:
@@ -294,13 +305,6 @@ class Catalogue:
             except lmdb.Error as error:
                 raise TierFailed(f"{self._path}: {error}") from error
 
-    def entry_count(self) -> int:
-        with self._lock:
-            if self._env is None:
-                return 0
-            with self._env.begin(db=self._db) as transaction:
-                return int(transaction.stat(self._db)["entries"])
-
     def close(self) -> None:
         """Syncs, closes and, when all that went well, leaves the clean marker. Idempotent."""
         if self._env is None:
@@ -319,16 +323,17 @@ def _decode_kind(
     packed: bytes,
     epochs: Mapping[bytes, int],
     newest: dict[tuple[bytes, int], dict[bytes, int]],
-) -> _Kind | None:
-    """The kind, or None when blocks of that kind no longer count."""
+) -> _Kind:
+    """The kind; its `slot_bytes` is -1, that of no slab, when such blocks no longer count."""
     fields = _KIND.unpack(packed)
     slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_length, parent = fields
     if epochs.get(namespace) != epoch or codec not in _CODECS or fidelity not in _FIDELITIES:
-        return None
+        slot_bytes = -1
     key_end = _KEY_AT + key_length
     return _Kind(
-        slot_bytes, size_bytes, epoch, namespace, shard, _CODECS[codec], _FIDELITIES[fidelity],
-        key_end, key_end + parent, newest.setdefault((namespace, shard), {}),
+        slot_bytes, size_bytes, epoch, namespace, shard, _CODECS.get(codec, Codec.RAW),
+        _FIDELITIES.get(fidelity, Fidelity.EXACT), key_end, key_end + parent,
+        newest.setdefault((namespace, shard), {}),
     )  # fmt: skip
 
 

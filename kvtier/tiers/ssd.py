@@ -40,7 +40,6 @@ from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_director
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
 
 _SCAN_THREADS: Final = 8
-_REBUILD_RECORDS: Final = 10_000  # of one transaction
 _START_BITS: Final = 32  # generation = number of the start << 32 | writes since
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
 
@@ -126,14 +125,15 @@ class SsdTier:
         return good
 
     def _rebuild(self) -> None:
-        """Fills an empty catalogue from slot headers. What is older or foreign goes later."""
+        """Fills an empty catalogue from slot headers; after a kill meanwhile it starts again.
+
+        What is older or foreign goes when the records are read.
+        """
         slabs = [slab for slab in self._slabs if slab.fd >= 0]
         with ThreadPoolExecutor(_SCAN_THREADS, "kvtier-scan") as pool:
-            for found in pool.map(lambda slab: list(slab.scan()), slabs):
-                for start in range(0, len(found), _REBUILD_RECORDS):
-                    self._catalogue.put(
-                        pack_record(*record) for record in found[start : start + _REBUILD_RECORDS]
-                    )
+            found = list(pool.map(lambda slab: list(slab.scan()), slabs))
+        self._catalogue.put(pack_record(*record) for records in found for record in records)
+        self._catalogue.complete()
 
     # --- namespaces
 

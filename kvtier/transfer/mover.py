@@ -58,7 +58,8 @@ class Mover:
     """Runs moves between the tiers given. Event loop only; `close` before the executor ends.
 
     `report(move, errors)` is called on the loop, once a move: no errors = the target holds the
-    bytes. `after_batch()` follows the reports of a batch. `before_write(moves)` is called in the worker thread before bytes are written below.
+    bytes. `after_batch()` follows the reports of a batch.
+    `before_write(moves)` is called in the worker thread before bytes are written below.
     """
 
     def __init__(

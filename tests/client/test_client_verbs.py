@@ -23,7 +23,7 @@ def fill_from(payload: dict[bytes, bytes]) -> Callable[..., None]:
 
 
 def test_readme_shape(daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]) -> None:
-    with Client(f"unix:{daemon.path}") as client:
+    with Client(f"unix:{daemon.path}", deadline_s=2) as client:
         space = client.open_namespace(model="my-model", format=FORMAT)
         with space.reserve(keys, parent=None) as reservation:
             for block in reservation.blocks:
@@ -43,7 +43,7 @@ def test_readme_shape(daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes
 async def test_readme_shape_async(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
-    async with AsyncClient(daemon.path) as client:
+    async with AsyncClient(daemon.path, deadline_s=2) as client:
         space = await client.open_namespace(model="my-model", format=FORMAT)
         async with space.reserve(keys, parent=None) as reservation:
             for block in reservation.blocks:
@@ -69,7 +69,7 @@ async def test_readme_shape_async(
 def test_present_keys_are_skipped(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         space.store(keys[:3], fill_from(payload))
         with space.reserve(keys) as reservation:
@@ -87,7 +87,7 @@ def test_store_goes_on_over_partial_grants(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
     daemon.room = 3
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         assert space.store(Keys.of(keys), fill_from(payload)) == CommitResult(8, 0, 0)
         assert space.lookup(keys).block_count == 8
@@ -97,7 +97,7 @@ def test_store_goes_on_over_partial_grants(
 
 
 def test_store_aborts_what_fill_fails_at(daemon: FakeDaemon, keys: list[bytes]) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         with pytest.raises(ZeroDivisionError):
             space.store(keys, lambda _: 1 // 0)
@@ -115,7 +115,7 @@ def wait_for_nothing_reserved(daemon: FakeDaemon) -> None:
 
 
 def test_commit_of_a_part_then_of_the_rest(daemon: FakeDaemon, keys: list[bytes]) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         with space.reserve(keys) as reservation:
             first = reservation.blocks[0].view
@@ -133,7 +133,7 @@ def test_commit_of_a_part_then_of_the_rest(daemon: FakeDaemon, keys: list[bytes]
 def test_dropped_reservation_is_aborted(
     daemon: FakeDaemon, keys: list[bytes], eventually: Eventually
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         space.reserve(keys)
         eventually(lambda: not daemon.reservations)
@@ -142,7 +142,7 @@ def test_dropped_reservation_is_aborted(
 def test_the_other_verbs(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         space.store(keys, fill_from(payload))
         daemon.below = set(keys[4:])
@@ -162,7 +162,7 @@ def test_the_other_verbs(
 def test_lookup_with_a_lease_waits_for_what_lies_lower(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         space.store(keys, fill_from(payload))
         daemon.below = {keys[3]}
@@ -180,7 +180,7 @@ def test_lookup_with_a_lease_waits_for_what_lies_lower(
 def test_lookup_of_several_groups(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         full = client.open_namespace(model="m", format=FORMAT, group_name="full")
         other = client.open_namespace(model="m", format=FORMAT, group_name="other")
         full.store(keys, fill_from(payload))
@@ -228,7 +228,7 @@ def test_lease_joined_by_another_session(
 def test_bad_keys_are_refused_before_any_call(
     daemon: FakeDaemon, bad: list[bytes], message: str
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.space(model="m", format=FORMAT)
         verbs = (space.lookup, space.lease, space.reserve, space.prefetch, space.evict, space.pin)
         for verb in verbs:
@@ -242,7 +242,7 @@ def test_bad_options(daemon: FakeDaemon, keys: list[bytes]) -> None:
         Client(daemon.path, deadline_s=0)
     with pytest.raises(InvalidRequest, match="Unix socket"):
         Client("ipv4:127.0.0.1:1")
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.space(model="m", format=FORMAT)
         with pytest.raises(InvalidRequest, match="parent"):
             space.reserve(keys, parent=b"short")
@@ -251,7 +251,7 @@ def test_bad_options(daemon: FakeDaemon, keys: list[bytes]) -> None:
 def test_unknown_namespace_is_opened_again(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes]
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         before = space.namespace_id
         daemon.forget_namespaces()
@@ -272,10 +272,12 @@ def test_many_threads_share_a_client(
         for _ in range(20):
             with space.lease(keys) as lease:
                 wrong.extend(
-                    "bytes" for key, view in zip(keys, lease.views) if bytes(view) != payload[key]
+                    "bytes"
+                    for key, view in zip(keys, lease.views, strict=True)
+                    if bytes(view) != payload[key]
                 )
 
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         space.store(keys, fill_from(payload))
         threads = [threading.Thread(target=use, args=(space,)) for _ in range(8)]

@@ -19,7 +19,7 @@ Eventually = Callable[[Callable[[], object]], None]
 
 @pytest.fixture
 def client(daemon: FakeDaemon) -> Iterator[Client]:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         yield client
 
 
@@ -134,7 +134,7 @@ def test_dropped_lease_is_released(
 def test_closing_the_client_waits_for_the_last_array(
     daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes], eventually: Eventually
 ) -> None:
-    with Client(daemon.path) as client:
+    with Client(daemon.path, deadline_s=2) as client:
         space = client.open_namespace(model="m", format=FORMAT)
         space.store(keys, lambda block: block.view.__setitem__(slice(None), payload[block.key]))
         with space.lease(keys) as lease:
@@ -149,13 +149,15 @@ def test_closing_the_client_waits_for_the_last_array(
 
 
 def test_lease_taken_back(daemon: FakeDaemon, space: Space, keys: list[bytes]) -> None:
-    with space.lease(keys[4:]) as other, pytest.raises(LeaseLost, match="took the lease back"):
-        with space.lease(keys[:4]) as lease:
-            lease.check()
-            daemon.take_back(space.namespace_id, keys[2])
-            other.check()  # another slot of the same arena: this lease stands
-            with pytest.raises(LeaseLost):
-                lease.check()
+    other, lease = space.lease(keys[4:]), space.lease(keys[:4])
+    lease.check()
+    daemon.take_back(space.namespace_id, keys[2])
+    other.check()  # another slot of the same arena: this lease stands
+    with pytest.raises(LeaseLost, match="took the lease back"):
+        lease.check()
+    with pytest.raises(LeaseLost, match="took the lease back"), lease:
+        pass
+    assert list(daemon.leases) == [other.lease_id]
     # A lease made after it names the new generation: it stands.
     with space.lease(keys) as lease:
         lease.check()
@@ -164,8 +166,9 @@ def test_lease_taken_back(daemon: FakeDaemon, space: Space, keys: list[bytes]) -
 def test_error_in_the_body_is_not_hidden(
     daemon: FakeDaemon, space: Space, keys: list[bytes]
 ) -> None:
-    with pytest.raises(ZeroDivisionError), space.lease(keys):
-        daemon.take_back(space.namespace_id, keys[0])
+    lease = space.lease(keys)
+    daemon.take_back(space.namespace_id, keys[0])
+    with pytest.raises(ZeroDivisionError), lease:
         _ = 1 // 0
     assert not daemon.leases
 

@@ -1,6 +1,6 @@
 """FakeStore: the interface of Store without blocks, so that the server is tested by itself.
 
-Model names given to open_namespace make it misbehave: "bug", "invariant", "die", "announce N".
+A model called "bug", "invariant", "die", "stray" or "announce N" makes it misbehave.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kvtier.block import (
     TierId,
     TierRun,
 )
+from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, SessionUse, StoreCounts, TierUse
 from kvtier.errors import InvariantViolated, NotFound, ReservationExpired, TierFull
 from kvtier.session import Session
@@ -50,8 +51,16 @@ class FakeStore:
         self.state = "serving"
         self.arenas: list[Arena] = []
         self.started_s = time.monotonic()
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.die = asyncio.Event()
+        self.tending = asyncio.create_task(self._tend())
         self.reconfigured = 0
+
+    async def _tend(self) -> None:
+        await self.die.wait()
+        raise RuntimeError("a background task died")
+
+    def _stray(self) -> None:
+        raise InvariantViolated("the books disagree")
 
     def open_session(
         self,
@@ -90,7 +99,9 @@ class FakeStore:
         if spec.model == "invariant":
             raise InvariantViolated("the books disagree")
         if spec.model == "die":
-            self.failed.set_exception(RuntimeError("a background task died"))
+            self.die.set()
+        if spec.model == "stray":
+            asyncio.get_running_loop().call_soon(self._stray)
         if spec.model.startswith("announce"):
             arena = Arena("read", PAGE, writable=False, huge_pages="off")
             for _ in range(int(spec.model.split()[1])):
@@ -250,12 +261,14 @@ class FakeStore:
     def check(self) -> list[str]:
         return []
 
-    def reconfigure(self, config: object) -> None:
+    def reconfigure(self, config: Config) -> None:
         self.reconfigured += 1
+        self.bypass(config.server.bypass, 0)
 
-    def dump(self) -> str:
-        return "a dump of the books"
+    def __repr__(self) -> str:
+        return "<a dump of the books>"
 
     async def close(self, *, grace_s: float) -> None:
+        self.tending.cancel()
         for session in tuple(self.sessions.values()):
             self.end_session(session)

@@ -118,17 +118,18 @@ def test_reload(daemon: Running) -> None:
     assert daemon.stat().events_revision == 1  # the store was told, once
 
 
-@pytest.mark.parametrize("model", ["invariant", "die"])
+@pytest.mark.parametrize("model", ["invariant", "die", "stray"])
 def test_a_bug_in_the_books_stops_the_daemon(daemon: Running, model: str) -> None:
     token = daemon.attach().token
-    if model == "die":
+    if model != "invariant":
         open_namespace(daemon, token, model)
     else:
         with pytest.raises(grpc.RpcError):
             open_namespace(daemon, token, model)
     assert daemon.process.wait(5) == 70
     assert "a dump of the books" in daemon.log
-    assert ("the books disagree" if model == "invariant" else "task died") in daemon.log
+    assert "Traceback" in daemon.log
+    assert ("task died" if model == "die" else "the books disagree") in daemon.log
 
 
 def test_too_little_memory(start: Start) -> None:

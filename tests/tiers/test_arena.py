@@ -179,7 +179,7 @@ def test_what_is_no_arena_is_refused() -> None:
 def test_no_memory_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     free = Path("/proc/meminfo").read_text().split("HugePages_Free:")[1].split()[0]
     if int(free) < 8:
-        with pytest.raises(DeviceUnavailable, match="vm.nr_hugepages"):
+        with pytest.raises(DeviceUnavailable, match=r"vm\.nr_hugepages"):
             Arena("test", 16 * MIB, writable=False, huge_pages="require")
 
     def full(address: int, size_bytes: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier import native
+from kvtier import machine, native
 from kvtier.block import SLOT_BITS
 from kvtier.errors import (
     BlockCorrupt,
@@ -23,7 +23,6 @@ from kvtier.errors import (
     VersionMismatch,
 )
 from kvtier.testing.conformance import DESCRIPTOR, NAMESPACE, Blocks
-from kvtier.tiers import state
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES
 from kvtier.tiers.ssd import SsdTier
@@ -240,6 +239,23 @@ def test_a_flipped_record_is_dropped_and_counted(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_rebuild_that_was_killed_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, _ = open_tier(tmp_path)
+    blocks = write(tier, 4)
+    die(tier)
+    shutil.rmtree(tmp_path / "catalogue")
+    tier = SsdTier(tmp_path, 2, MIB, min_free_bytes=0)
+    monkeypatch.setattr(tier._catalogue, "complete", lambda: None)  # killed just before
+    monkeypatch.setattr(tier._catalogue, "put", list)
+    assert tier.recover() == []
+    die(tier)
+    tier, found = open_tier(tmp_path)
+    assert found == sorted(blocks.records())
+    tier.close()
+
+
 @pytest.mark.parametrize("rebuild", [False, True], ids=["catalogue", "rebuild"])
 def test_durable_erase_and_older_epochs_stay_gone(tmp_path: Path, *, rebuild: bool) -> None:
     tier, _ = open_tier(tmp_path)
@@ -403,7 +419,7 @@ def test_errors_of_reading_are_told_per_item(
 
 
 def test_direct_io_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state.machine, "direct_io_works", lambda _: False)
+    monkeypatch.setattr(machine, "direct_io_works", lambda _: False)
     with pytest.raises(DeviceUnavailable, match="O_DIRECT"):
         SsdTier(tmp_path, 1, MIB, direct_io="require")
     assert SsdTier(tmp_path, 1, MIB).direct_io is False
