@@ -1,4 +1,4 @@
-"""The nouns of kvtier and the legal life of a block; every other module speaks in these words.
+r"""The nouns of kvtier and the legal life of a block; every other module speaks in these words.
 
 A block's life (one shard's copy; `store.py` tells the same story in code):
 
