@@ -9,6 +9,7 @@ import hashlib
 import logging
 import struct
 import time
+import traceback
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +171,8 @@ class Border:
             crossing.failed = error
             self._failures[f"{act}:{type(error).__name__}"] += 1
             self._log(act, error)
+            # A frame of what failed may hold a view, and a view holds its lease.
+            traceback.clear_frames(error.__traceback__)
 
     def found(self, *, found_tokens: int, asked_tokens: int, reason: str) -> None:
         """Counts one request: a hit when anything was found, else a miss for `reason`."""

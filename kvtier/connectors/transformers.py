@@ -15,14 +15,13 @@ on the left, beams, assistants. Does not: decide what is kept; share between dif
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvtier.block import BlockFormat, Reason
-from kvtier.connectors import hf_model
+from kvtier.connectors import hf_copy, hf_model
 from kvtier.connectors.base import (
     HASH_ALGORITHM,
     Border,
@@ -166,7 +165,7 @@ class TransformersCache:
             with self.border.crossing("close"):
                 client.close()
 
-    # --- the two copies
+    # --- prompt by prompt
 
     def _restore(self, rows: Sequence[Row], width: int) -> Restored:
         space, step = self._opened(), self._chain.block_tokens
@@ -190,45 +189,20 @@ class TransformersCache:
                 tiers.append(_tiers_of(found))
             if wanted <= max(row.padding for row in rows):
                 return Restored(reason=Reason.NEVER_STORED)
-            kv = self._copied(rows, leases, wanted)
+            kv = hf_copy.gathered(
+                self._shape_known(),
+                step,
+                ((row.padding, lease.views) for row, lease in zip(rows, leases, strict=True)),
+                row_count=len(rows),
+                length=wanted,
+            )
             for lease in leases:
                 lease.check()  # what was copied is what was leased, or LeaseLost
         by_tier: dict[str, int] = {}
         for row, names in zip(rows, tiers, strict=True):
             for name in names[: -(-(wanted - row.padding) // step)]:
                 by_tier[name] = by_tier.get(name, 0) + 1
-        return Restored(self._filled(kv), wanted, by_tier)
-
-    def _copied(self, rows: Sequence[Row], leases: Sequence[Lease], length: int) -> torch.Tensor:
-        """`[layers, 2, rows, heads, length, head_dim]`, from the mapped arenas; padding is zero."""
-        import torch
-
-        shape, step = self._shape_known(), self._chain.block_tokens
-        padded = any(row.padding for row in rows)
-        make = torch.zeros if padded else torch.empty
-        kv = make(
-            (shape.layers, 2, len(rows), shape.kv_heads, length, shape.head_dim),
-            dtype=getattr(torch, shape.dtype),
-            device=self.model.device,
-        )
-        for index, (row, lease) in enumerate(zip(rows, leases, strict=True)):
-            for start, view in zip(range(row.padding, length, step), lease.views, strict=False):
-                count = min(step, length - start)
-                block = self._tensor(view)[..., :count, :]
-                kv[:, :, index, :, start : start + count].copy_(block)
-        return kv
-
-    def _filled(self, kv: torch.Tensor) -> DynamicCache:
-        from transformers.cache_utils import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        layers: Any = cache.layers
-        for layer, (keys, values) in zip(layers, kv, strict=True):
-            # As its lazy_initialization does (whose arguments differ between releases), and
-            # without the copy that update() makes.
-            layer.dtype, layer.device, layer.is_initialized = kv.dtype, kv.device, True
-            layer.keys, layer.values = keys, values
-        return cache
+        return Restored(hf_copy.filled(self.model, kv), wanted, by_tier)
 
     def _save_row(self, layers: Sequence[Any], index: int, row: Row, length: int) -> int:
         """Stores one row's blocks that lie before `length`, as many as there is room for."""
@@ -237,29 +211,12 @@ class TransformersCache:
         if not keys:
             return 0
         starts = {key: row.padding + step * i for i, key in enumerate(keys)}
+        shape, source = self._shape_known(), hf_copy.RowKV(layers, index)
 
         def fill(block: ReservedBlock) -> None:
-            start, target = starts[bytes(block.key)], self._tensor(block.view)
-            for number, layer in enumerate(layers):
-                target[number, 0].copy_(layer.keys[index, :, start : start + step])
-                target[number, 1].copy_(layer.values[index, :, start : start + step])
+            source.write(block.view, shape, starts[bytes(block.key)], step)
 
         return self._opened().store(keys, fill).stored_count
-
-    def _tensor(self, view: memoryview) -> torch.Tensor:
-        """A block's bytes as `[layers, 2, heads, tokens, head_dim]`, without a copy.
-
-        By address, because torch warns about memory it may not write. Good while the lease or
-        reservation is held, and no longer.
-        """
-        import numpy as np
-        import torch
-
-        shape = self._shape_known()
-        size = (shape.layers, 2, shape.kv_heads, self._chain.block_tokens, shape.head_dim)
-        address = np.frombuffer(view, np.uint8).ctypes.data
-        memory = (ctypes.c_char * view.nbytes).from_address(address)
-        return torch.frombuffer(memory, dtype=getattr(torch, shape.dtype)).view(size)
 
     # --- who and where
 
