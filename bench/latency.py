@@ -34,19 +34,29 @@ def spread(rounds: list[list[int]]) -> Spread:
 
 
 def measure(
-    cases: Mapping[str, Callable[[int], object]], *, rounds: int, calls: int
+    cases: Mapping[str, Callable[[int], object]],
+    after: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int,
 ) -> dict[str, Spread]:
-    """Calls each case `rounds` times `calls` times, in turn; `case(n)` is call number n."""
+    """Calls each case `rounds` times `calls` times, in turn; `case(n)` is call number n.
+
+    `after[name]()` is called after each call and not timed.
+    """
     times: dict[str, list[list[int]]] = {name: [] for name in cases}
     clock = time.perf_counter_ns
     for _ in range(rounds):
         for name, call in cases.items():
             wait_until_quiet(PATIENCE_S)
+            end = after.get(name)
             taken = []
             for number in range(calls):
                 start = clock()
                 call(number)
                 taken.append(clock() - start)
+                if end is not None:
+                    end()
             times[name].append(taken)
     return {name: spread(one) for name, one in times.items()}
 

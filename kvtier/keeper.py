@@ -271,9 +271,8 @@ class Keeper:
             slot_bytes = lease.space.slot_bytes[self.ledger.top]
             for slot in lease.slots or ():
                 self.revoked[slot] = self.dram.revoke(slot, slot_bytes)
-            session = self.sessions.get(lease.session_id)
-            if session is not None:
-                session.leases.discard(lease.id)
+            for session_id in lease.holders:
+                self.sessions[session_id].leases.discard(lease.id)
             self.ledger.release(lease.id)
             self.tally.leases_revoked += 1
 

@@ -174,8 +174,7 @@ class Store:
         session.ended = True
         del self._sessions[session.id]
         for lease_id in list(session.leases):
-            self._ledger.release(lease_id)
-        session.leases.clear()
+            self._let_go(session, lease_id)
         for reservation_id in list(session.reservations):
             reservation = self._filling.reservations.get(reservation_id)
             if reservation is not None:
@@ -290,6 +289,7 @@ class Store:
         if query is None:
             lease = self._standing_lease(session, lease_id)
             _check_shard(lease.space, shard)
+            self._hold(session, lease)
         else:
             space = self._space(session, query.namespace_id)
             _check_shard(space, shard)
@@ -304,13 +304,12 @@ class Store:
         try:
             await self._settle(lease, deadline_s)
         except asyncio.CancelledError:
-            if query is not None:
-                self._end_lease(lease.id)
+            self._let_go(session, lease.id)
             raise
         if lease.id not in self._ledger.leases:
             raise LeaseLost(f"lease {lease.id} ended while it waited")
         if lease.needed_count <= 0:
-            self._end_lease(lease.id)
+            self._let_go(session, lease.id)
             return LeaseGrant(0, 0, 0, 0, None), lease.reason
         return self._grant(session, lease, shard), lease.reason
 
@@ -342,8 +341,13 @@ class Store:
             group=session.group,
             now_s=self.keeper.now_s(),
         )
-        session.leases.add(lease.id)
+        self._hold(session, lease)
         return lease
+
+    @staticmethod
+    def _hold(session: Session, lease: Lease) -> None:
+        session.leases.add(lease.id)
+        lease.holders.add(session.id)
 
     async def _settle(self, lease: Lease, deadline_s: float) -> None:
         until_s = self.keeper.now_s() + deadline_s
@@ -386,22 +390,24 @@ class Store:
         )
 
     def release(self, session: Session, lease_ids: Sequence[int]) -> int:
-        """Ends leases of this session or its group; returns how many stood."""
-        count = 0
-        for lease_id in lease_ids:
-            lease = self._ledger.leases.get(lease_id)
-            if lease is not None:
-                self._standing_lease(session, lease_id)
-                count += self._end_lease(lease_id)
+        """Lets go of leases this session took or joined; returns how many it held. The last
+        holder's release ends a lease: a member that still reads keeps it. A session holds a lease
+        once, however often it joined."""
+        count = sum(self._let_go(session, lease_id) for lease_id in lease_ids)
         if count:
             self.keeper.progress.notify()
         return count
 
-    def _end_lease(self, lease_id: int) -> bool:
+    def _let_go(self, session: Session, lease_id: int) -> bool:
         lease = self._ledger.leases.get(lease_id)
-        if lease is not None and lease.session_id in self._sessions:
-            self._sessions[lease.session_id].leases.discard(lease_id)
-        return self._ledger.release(lease_id)
+        if lease is None or session.id not in lease.holders:
+            session.leases.discard(lease_id)
+            return False
+        lease.holders.discard(session.id)
+        session.leases.discard(lease_id)
+        if not lease.holders:
+            self._ledger.release(lease_id)
+        return True
 
     # --- reserve
 

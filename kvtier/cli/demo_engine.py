@@ -89,11 +89,13 @@ def load(path: str) -> Any:
 
 def serve(path: str, socket: str) -> None:
     """Answers requests until the input ends: `tokens`, `new_tokens` -> see `answer`."""
+    from kvtier.connectors import hf_model
     from kvtier.connectors.transformers import TransformersCache
 
     model = load(path)
     model(_ids(model, 64, seed=0))  # the first forward pass of a process is slower
     cache = TransformersCache(model, socket, model_id="kvtier-demo", deadline_s=DEADLINE_S)
+    hf_model.weights_fingerprint(model)  # once per model, as an engine does while it loads
     _say({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)

@@ -33,7 +33,7 @@ from kvtier.v1 import cache_pb2
 SETTLE_TIMEOUT_S = 10.0
 L = TypeVar("L")
 R = TypeVar("R", bound=ReservationState)
-MakeLease = Callable[[Link, LeaseGrant, Reason, int, bool], L]  # ..., shard, owned
+MakeLease = Callable[[Link, LeaseGrant, Reason, int], L]  # ..., shard
 MakeReservation = Callable[[Link, ReserveGrant, Sequence[bytes], int], R]
 
 
@@ -115,7 +115,7 @@ def _found(
     for index, message in enumerate(answer.leases):
         if message.lease_id:
             reason = wire.decode_reason(answer.groups[index].reason)
-            leases[index] = make_lease(link, wire.decode_lease(message), reason, shard, True)
+            leases[index] = make_lease(link, wire.decode_lease(message), reason, shard)
     groups = []
     for group, lease in zip(answer.groups, leases, strict=True):
         found = wire.decode_found(group)
@@ -165,7 +165,7 @@ def lease(
             _settle_later(linker, "Lease", request, error)
         raise
     reason = wire.decode_reason(answer.reason)
-    return make_lease(link, wire.decode_lease(answer.grant), reason, shard, chain is not None)
+    return make_lease(link, wire.decode_lease(answer.grant), reason, shard)
 
 
 def reserve(

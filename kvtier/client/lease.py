@@ -45,10 +45,8 @@ class LeaseState:
         grant: LeaseGrant,
         reason: Reason,
         shard: int,
-        owned: bool,
     ) -> None:
         self._owner = owner
-        self._owned = owned  # a joined lease is released by the session that took it
         self.lease_id = grant.lease_id
         self.reason = reason
         self._link = link
@@ -62,7 +60,7 @@ class LeaseState:
             self._take(grant)
         except KvTierError:
             self._released = True
-            if owned and grant.lease_id:
+            if grant.lease_id:
                 link.session.drop(grant.lease_id)
             raise
 
@@ -72,14 +70,9 @@ class LeaseState:
         self.ready_count = grant.ready_count
         if grant.table is not None and grant.lease_id:
             session = self._link.session
-            self._hold = Hold(session, self._drop_id, Places(session, grant.table))
+            self._hold = Hold(session, self.lease_id, Places(session, grant.table))
             self._hold_weak = weakref.ref(self._hold)
             self._holding = self._hold.holding
-
-    @property
-    def _drop_id(self) -> int:
-        """What a finalizer releases: 0 for a lease that is another session's to release."""
-        return self.lease_id if self._owned else 0
 
     @property
     def ready(self) -> bool:
@@ -162,7 +155,7 @@ class LeaseState:
             if not holding.free:
                 return
         session = self._link.session
-        if not (session.alive and self._owned):
+        if not session.alive:
             return
         try:
             yield from release(self._link, [self.lease_id])
@@ -182,7 +175,7 @@ class LeaseState:
             raise lost
 
     def __del__(self) -> None:
-        if self.lease_id and self._owned and not self._released and self._holding is None:
+        if self.lease_id and not self._released and self._holding is None:
             self._link.session.drop(self.lease_id)
 
     def __len__(self) -> int:

@@ -148,4 +148,5 @@ class Namespace:
         recent[hash(key)] = why
 
     def __repr__(self) -> str:
-        return f"<Namespace {self.id} {self.spec.model!r} epoch {self.epoch}: {self.block_count} blocks>"
+        name, count = self.spec.model, self.block_count
+        return f"<Namespace {self.id} {name!r} epoch {self.epoch}: {count} blocks>"

@@ -68,7 +68,8 @@ class Chains:
             run, place = at_parent
             if place + 1 < len(run):
                 self.split(run, place + 1)
-            if run.children is not None or len(run) == RUN_BLOCKS_MAX:
+            # What grows from a pinned stretch is not pinned with it (nor unpinned later).
+            if run.children is not None or len(run) == RUN_BLOCKS_MAX or run.pins:
                 child = self._new_run(space, parent, run.position + len(run))
                 self._attach(run, child)
                 run = child

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvtier.block import Keys, TierId
-from kvtier.errors import InvalidRequest, InvariantViolated, NotFound, ReservationExpired
+from kvtier.errors import InvalidRequest, NotFound, ReservationExpired
 from kvtier.ledger import search
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.holdings import COMMITTED, OPEN, TAKEN, Entry, Partial, Reservation
@@ -83,29 +83,21 @@ class Filling:
         if found is not None:
             position = found[0].position + found[1] + 1
         entries: list[Entry] = []
-        granted: list[int] = []
-        present = 0
-        covered = len(keys)
-        slots = self._slots_ahead(space, len(keys) if space.shards == 1 else 0, count_max)
-        for index, key in enumerate(keys.split()):
-            if self._is_present(space, key, shard):
-                present += 1
-            else:
-                slot = self._slot_for(
-                    space, key, parent, position + index, shard, slots, deadline_s
-                )
-                if slot is None or len(entries) >= count_max:
-                    if slot is not None:
-                        self._give_back_slot(space, key, shard, slot)
-                    covered = index
-                    break
-                entries.append(Entry(key, parent, position + index, slot))
-                granted.append(index)
-            parent = key
-        if slots:
-            self._ledger.slots[self._ledger.top].release(slots)
+        # Only what is wanted is acquired: a segment taken for nothing would have its home changed.
+        absent, covered = self._absent(space, keys, shard, count_max)
+        slots = self._slots_ahead(space, len(absent) if space.shards == 1 else 0)
+        for index in absent:
+            before = keys[index - 1] if index else parent
+            entry = Entry(keys[index], before, position + index, -1)
+            if not self._give_slot(space, entry, shard, slots, deadline_s):
+                covered = index
+                break
+            entries.append(entry)
+        present = covered - len(entries)
         if not entries:
             return Offer(None, (), covered, present)
+        # From now on this is the key length: two first reservations must not differ in it.
+        space.key_size = keys.size
         reservation = Reservation(
             self._ledger.next_id(),
             session_id,
@@ -117,15 +109,28 @@ class Filling:
             entries,
         )
         self.reservations[reservation.id] = reservation
-        return Offer(reservation, tuple(granted), covered, present)
+        return Offer(reservation, tuple(absent[: len(entries)]), covered, present)
 
-    def _slots_ahead(self, space: Namespace, count: int, count_max: int) -> array[int]:
+    def _absent(
+        self, space: Namespace, keys: Keys, shard: int, count_max: int
+    ) -> tuple[list[int], int]:
+        """Indexes of the first `count_max` keys that are not there, and how far that is."""
+        absent: list[int] = []
+        for index, key in enumerate(keys.split()):
+            if self._is_present(space, key, shard):
+                continue
+            if len(absent) == count_max:
+                return absent, index
+            absent.append(index)
+        return absent, len(keys)
+
+    def _slots_ahead(self, space: Namespace, count: int) -> array[int]:
         """As many slots as there are, up to the count, acquired in one go; last one first."""
         top = self._ledger.top
         slots = self._ledger.slots[top]
         tenant, slot_bytes = space.tenant, space.slot_bytes[top]
-        count = min(count, count_max, slots.available(tenant, slot_bytes))
-        taken = slots.acquire(tenant, slot_bytes, count) if count > 0 else array("I")
+        count = min(count, slots.available(tenant, slot_bytes)) if count else 0
+        taken = slots.acquire(tenant, slot_bytes, count)
         taken.reverse()
         return taken
 
@@ -135,38 +140,39 @@ class Filling:
         partial = self.partials.get((space.id, key))
         return partial is not None and partial.states[shard] == COMMITTED
 
-    def _slot_for(
-        self,
-        space: Namespace,
-        key: bytes,
-        parent: bytes,
-        position: int,
-        shard: int,
-        slots: array[int],
-        deadline_s: float,
-    ) -> int | None:
+    def _give_slot(
+        self, space: Namespace, entry: Entry, shard: int, slots: array[int], deadline_s: float
+    ) -> bool:
+        """Gives the entry the slot it will fill; False when there is no room for its block."""
         if space.shards == 1:
-            return slots.pop() if slots else None
+            if slots:
+                entry.slot = slots.pop()
+            return entry.slot >= 0
+        key = entry.key
         ledger, top = self._ledger, self._ledger.top
         tier_slots, slot_bytes = ledger.slots[top], space.slot_bytes[top]
         partial = self.partials.get((space.id, key))
         if partial is None:
             if tier_slots.available(space.tenant, slot_bytes) < space.shards:
-                return None
+                return False
             taken = tier_slots.acquire(space.tenant, slot_bytes, space.shards)
             partial = Partial(
-                space, key, parent, position, taken, bytearray(space.shards),
+                space, key, entry.parent, entry.position, taken, bytearray(space.shards),
                 array("Q", bytes(8 * space.shards)), deadline_s,
             )  # fmt: skip
             self.partials[space.id, key] = partial
-        partial.deadline_s = max(partial.deadline_s, deadline_s)
         if partial.states[shard] == OPEN:
             partial.states[shard] = TAKEN
-            return partial.slots[shard]
-        # Another session fills this very shard: a slot of our own; the first commit wins.
-        if tier_slots.available(space.tenant, slot_bytes) < 1:
-            return None
-        return tier_slots.acquire(space.tenant, slot_bytes, 1)[0]
+            entry.slot = partial.slots[shard]
+        elif tier_slots.available(space.tenant, slot_bytes) < 1:
+            return False
+        else:
+            # Another session fills this very shard: a slot of our own; the first commit wins.
+            entry.slot = tier_slots.acquire(space.tenant, slot_bytes, 1)[0]
+        partial.deadline_s = max(partial.deadline_s, deadline_s)
+        partial.writers += 1
+        entry.partial = partial
+        return True
 
     # --- commit
 
@@ -213,11 +219,13 @@ class Filling:
             assert entry.state == TAKEN
             entry.state = COMMITTED
             if reservation.ended or reservation.epoch != space.epoch:
-                self._give_back_slot(space, entry.key, shard, entry.slot)
+                self._give_back_slot(space, entry, shard)
                 continue
-            if self._is_present(space, entry.key, shard):
+            came_and_went = space.shards > 1 and (space.id, entry.key) not in self.partials
+            if came_and_went or self._is_present(space, entry.key, shard):
+                # Stored by others already (and perhaps evicted since): nothing to add.
                 duplicates += 1
-                self._give_back_slot(space, entry.key, shard, entry.slot)
+                self._give_back_slot(space, entry, shard)
             elif space.shards == 1:
                 self._make_ready(space, entry, (entry.slot,), (checksum,))
                 ready.append(entry.key)
@@ -229,9 +237,8 @@ class Filling:
         return Filled(ready, duplicates, partials)
 
     def _commit_shard(self, space: Namespace, entry: Entry, shard: int, checksum: int) -> bool:
-        partial = self.partials.get((space.id, entry.key))
-        if partial is None:
-            raise InvariantViolated("a shard is filled, but its block has no room")
+        partial = self.partials[space.id, entry.key]
+        _leave(entry)
         if partial.slots[shard] != entry.slot:
             # We won over the session that fills the block's own slot: our slot is the block's now.
             rival = self._holder(space, entry.key, shard, partial.slots[shard])
@@ -269,7 +276,7 @@ class Filling:
         for entry in entries:
             assert entry.state == TAKEN
             entry.state = COMMITTED
-            self._give_back_slot(reservation.space, entry.key, reservation.shard, entry.slot)
+            self._give_back_slot(reservation.space, entry, reservation.shard)
         self._end_if_done(reservation)
 
     # --- the end of it
@@ -280,7 +287,7 @@ class Filling:
         for entry in reservation.entries:
             if entry.state == OPEN:
                 entry.state = COMMITTED
-                self._give_back_slot(reservation.space, entry.key, reservation.shard, entry.slot)
+                self._give_back_slot(reservation.space, entry, reservation.shard)
         self._end_if_done(reservation)
 
     def _end_if_done(self, reservation: Reservation) -> None:
@@ -288,15 +295,24 @@ class Filling:
             reservation.ended = True
             self.reservations.pop(reservation.id, None)
 
-    def _give_back_slot(self, space: Namespace, key: bytes, shard: int, slot: int) -> None:
-        partial = self.partials.get((space.id, key))
-        if partial is not None and partial.slots[shard] == slot:
+    def _give_back_slot(self, space: Namespace, entry: Entry, shard: int) -> None:
+        mine = entry.partial
+        _leave(entry)
+        partial = self.partials.get((space.id, entry.key))
+        if partial is not None and partial.slots[shard] == entry.slot:
             if partial.states[shard] == TAKEN:
                 partial.states[shard] = OPEN
-            if not any(partial.states):
-                self._drop_partial(partial)
-            return
-        self._ledger.slots[self._ledger.top].release((slot,))
+        else:
+            self._ledger.slots[self._ledger.top].release((entry.slot,))
+        if partial is not None and partial is mine:
+            self._drop_if_unwanted(partial)
+
+    def _drop_if_unwanted(self, partial: Partial) -> None:
+        """Nobody fills it and nothing is in it. While a writer with a slot of its own is left, its
+        commit still needs the room of the other shards.
+        """
+        if not partial.writers and COMMITTED not in partial.states:
+            self._drop_partial(partial)
 
     def _drop_partial(self, partial: Partial) -> None:
         del self.partials[partial.space.id, partial.key]
@@ -309,8 +325,7 @@ class Filling:
             for shard in range(space.shards):
                 if states[shard] == COMMITTED:
                     states[shard] = OPEN
-            if not any(states):
-                self._drop_partial(partial)
+            self._drop_if_unwanted(partial)
 
     def expire(self, now_s: float) -> list[Reservation]:
         """Ends reservations past their deadline and blocks whose shards never came."""
@@ -319,7 +334,7 @@ class Filling:
             self.abort(reservation)
         stale = [p for p in self.partials.values() if p.deadline_s <= now_s]
         for partial in stale:
-            if TAKEN not in partial.states:
+            if not partial.writers:
                 self._drop_partial(partial)
         return over
 
@@ -333,3 +348,10 @@ class Filling:
                 own = partial is None or partial.slots[reservation.shard] != entry.slot
                 count += own and entry.state != COMMITTED
         return {top: count}
+
+
+def _leave(entry: Entry) -> None:
+    """The entry writes no shard of its block any longer."""
+    if entry.partial is not None:
+        entry.partial.writers -= 1
+        entry.partial = None

@@ -20,7 +20,8 @@ class Lease:
     """A right to read blocks `first_needed`..`count` of a chain.
 
     `slots` is the answer (one DRAM slot a block and shard) once all of them are readable there;
-    until then the lease holds the runs and waits for promotions. `runs` are pinned.
+    until then the lease holds the runs and waits for promotions. `runs` are pinned. `holders`
+    are the sessions of the taker and of those of its group that joined: the last to let go ends it.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Lease:
     count: int
     started_s: float
     runs: set[int] = field(default_factory=set)
+    holders: set[int] = field(default_factory=set)
     slots: array[int] | None = None
     reason: Reason = Reason.NONE
 
@@ -49,6 +51,7 @@ class Entry:
     parent: bytes
     position: int
     slot: int
+    partial: Partial | None = None  # of formats with several shards: the block this is a part of
     state: int = OPEN  # OPEN -> TAKEN (bytes being copied) -> COMMITTED or given back
 
 
@@ -82,6 +85,8 @@ class Reservation:
 class Partial:
     """A block of a multi-shard format on its way: room for all shards was taken at once, so that
     no two blocks can starve each other, and it becomes readable when the last shard commits.
+    `writers`: entries of reservations that may still commit a shard of it; it stays while there
+    is one, or a committed shard.
     """
 
     space: Namespace
@@ -92,3 +97,4 @@ class Partial:
     states: bytearray
     checksums: array[int]
     deadline_s: float
+    writers: int = 0

@@ -312,6 +312,8 @@ class Ledger:
             run = self.chains.runs.get(run_id)
             if run is not None and run.leases:
                 run.leases.discard(lease_id)
+                # An empty set is 216 bytes: as much as the books of a block.
+                run.leases = run.leases or None
         self.end_holder(lease_id)
         return True
 
@@ -424,11 +426,12 @@ class Ledger:
         for key in keys.split():
             found = self.chains.find(space, key)
             if found is None:
-                continue
-            run, place = found
-            if place:
-                run = self.chains.split(run, place)
-            subtree = self.chains.subtree(run)
+                # Not here itself, but blocks that came without it may be: they are below it.
+                roots = [self.chains.runs[orphan] for orphan in space.orphans.get(key, ())]
+            else:
+                run, place = found
+                roots = [self.chains.split(run, place) if place else run]
+            subtree = [member for root in roots for member in self.chains.subtree(root)]
             for member in reversed(subtree):
                 gone.extend(member.key(p) for p in range(len(member)) if member.state[p])
                 self.forget(member, range(len(member)), EVICTED)
@@ -458,18 +461,16 @@ class Ledger:
         died. Their slots come back piece by piece: call `reap`.
         """
         count = space.block_count
-        for run in self.chains.runs.values():
-            if run.space is space and not run.condemned:
-                run.condemned = True
-                run.pins = 0
-                self._condemned.append(run.id)
         ghost = Namespace(space.id, space.spec, space.slot_bytes)
         ghost.epoch, ghost.key_size = space.epoch, space.key_size
         ghost.index, ghost.orphans = space.index, space.orphans
         ghost.block_count, ghost.placeholder_count = count, space.placeholder_count
-        for run_id in self._condemned:
-            if self.chains.runs[run_id].space is space:
-                self.chains.runs[run_id].space = ghost
+        for run in self.chains.runs.values():
+            if run.space is space:
+                run.space = ghost
+                run.condemned = True
+                run.pins = 0
+                self._condemned.append(run.id)
         space.epoch += 1
         space.index, space.orphans, space.recent = {}, {}, {}
         space.block_count = space.placeholder_count = 0
@@ -483,14 +484,14 @@ class Ledger:
             if run is None:
                 self._condemned.pop()
                 continue
-            # A split of a condemned run makes new ones: take the whole subtree, leaves first.
-            subtree = self.chains.subtree(run)
-            for member in reversed(subtree):
-                # Not wiped one by one: the new epoch, on disk, is what keeps them dead.
-                blocks_max -= max(1, self.forget(member, range(len(member)), DISPLACED))
-            for member in reversed(subtree):
-                if member.id in self.chains.runs:
-                    self.chains.trim(member, DISPLACED)
+            # Leaves first, and from the end of each, so that any part of it is a small part.
+            while run.children:
+                run = self.chains.runs[next(iter(run.children))]
+            first = max(0, len(run) - blocks_max)
+            blocks_max -= len(run) - first
+            # Not wiped one by one: the new epoch, on disk, is what keeps them dead.
+            self.forget(run, range(len(run) - 1, first - 1, -1), DISPLACED)
+            self.chains.trim(run, DISPLACED)
         return bool(self._condemned)
 
     # --- pins
@@ -534,7 +535,10 @@ class Ledger:
     def dirty_blocks(self) -> int:
         """Blocks with a copy in the first tier and in none below."""
         top = 1 << self.top
-        return sum(run.state.count(top) for run in self.chains.runs.values() if run.held[self.top])
+        runs = self.chains.runs
+        return sum(
+            runs[run_id].state.count(top) for run_id in self.chains.policies[self.top].order()
+        )
 
     def check(self, *, held: dict[TierId, int] | None = None) -> None:
         """Raises InvariantViolated when the books disagree. `held`: slots that reservations,
@@ -558,6 +562,11 @@ class Ledger:
                 run = self.chains.runs.get(run_id)
                 if run is not None and lease.id not in (run.leases or ()):
                     raise InvariantViolated(f"lease {lease.id} holds {run!r} only by half")
+        for run in self.chains.runs.values():
+            for lease_id in run.leases or ():
+                known = self.leases.get(lease_id)
+                if known is None or run.id not in known.runs:
+                    raise InvariantViolated(f"{run!r} is held by lease {lease_id} for ever")
 
     def capacity_blocks(self, tier: TierId, space: Namespace) -> int:
         """Blocks of this namespace that the whole tier could hold."""

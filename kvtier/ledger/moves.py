@@ -19,14 +19,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from kvtier.block import Keys, Move, Route, TierId
+from kvtier.block import SLOT_BITS, Keys, Move, Route, TierId
 from kvtier.errors import InvariantViolated, KvTierError
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import DISPLACED, Ledger
 from kvtier.ledger.search import Span
+from kvtier.ledger.slots import SlotClass
 
-# Runs looked at in one search for room; the rest are looked at by the next.
+# Runs asked for room in one search, and runs looked at to find them.
 _CANDIDATES_MAX = 256
+_LOOKED_AT_MAX = 4096
 
 
 class Moves:
@@ -52,14 +54,13 @@ class Moves:
         short = count - self._expected(tier, tenant, slot_bytes)
         if short <= 0:
             return moves
-        same = (tenant, slot_bytes)
-        for run in self._candidates(tier):
-            if (run.space.tenant, run.space.slot_bytes[tier]) == same:
-                self._take_from(run, tier, short, moves)
-                short = count - self._expected(tier, tenant, slot_bytes)
-                if short <= 0:
-                    return moves
-        if self._ledger.slots[tier].available(tenant, slot_bytes) == 0:
+        for run in self._candidates(tier, (tenant, slot_bytes)):
+            self._take_from(run, tier, short, moves)
+            short = count - self._expected(tier, tenant, slot_bytes)
+            if short <= 0:
+                return moves
+        # Fewer slots than a block has shards are no room at all.
+        if self._ledger.slots[tier].available(tenant, slot_bytes) < space.shards:
             self._empty_a_segment(tier, space, moves)
         return moves
 
@@ -70,27 +71,76 @@ class Moves:
         return self._ledger.slots[tier].available(tenant, slot_bytes) + leaving
 
     def shrink_to(self, tier: TierId, used_bytes: int) -> list[Move]:
-        """Demotes (or forgets) until the tier's used bytes, less what is leaving, are there."""
+        """Demotes (or forgets) until the tier's used bytes, less what is leaving or being erased,
+        are there. Takes nothing of a tenant's guaranteed share.
+        """
         moves: list[Move] = []
         slots = self._ledger.slots[tier]
         for run in self._candidates(tier):
-            excess = slots.used_bytes - self._leaving_bytes[tier] - used_bytes
+            tenant, slot_bytes = run.space.tenant, run.space.slot_bytes[tier]
+            # Slots whose records are being erased are used still: without them in the sum, each
+            # run in turn would be asked for the whole excess.
+            excess = slots.used_bytes - self._going_bytes(tier, None) - used_bytes
             if excess <= 0 or len(self.moves) >= self.in_flight_max:
                 break
-            self._take_from(run, tier, -(-excess // run.space.slot_bytes[tier]), moves)
+            count = min(-(-excess // slot_bytes), self._spare_bytes(tier, tenant) // slot_bytes)
+            self._take_from(run, tier, count, moves)
         return moves
 
-    def _candidates(self, tier: TierId) -> Iterator[Run]:
-        """Runs that may give blocks, in the policy's order; a parent follows its last child."""
-        ledger = self._ledger
-        order = islice(ledger.chains.policies[tier].order(), _CANDIDATES_MAX)
-        for run_id in list(order):
-            run: Run | None = ledger.chains.runs.get(run_id)
+    def _going_bytes(self, tier: TierId, tenant: str | None) -> int:
+        """Bytes that demotions and erasures under way will free: a tenant's, or everybody's."""
+        leaving = sum(
+            count * size
+            for (of, whose, size), count in self._leaving.items()
+            if of is tier and tenant in (None, whose)
+        )
+        return leaving + sum(
+            count * size
+            for (of, (whose, size)), count in self._ledger.erasing.items()
+            if of is tier and tenant in (None, whose)
+        )
+
+    def _spare_bytes(self, tier: TierId, tenant: str) -> int:
+        """What the tenant uses, and goes on using, beyond its guaranteed share."""
+        guaranteed = self._ledger.guaranteed_bytes.get((tenant, tier), 0)
+        used = self._ledger.slots[tier].used_bytes_by_tenant.get(tenant, 0)
+        return max(0, used - self._going_bytes(tier, tenant) - guaranteed)
+
+    def _candidates(self, tier: TierId, slot_class: SlotClass | None = None) -> Iterator[Run]:
+        """Runs (of that tenant and slot size) that may give blocks, in the policy's order; leaves
+        in place of their ancestors, and a parent after its last child.
+
+        Runs that may not give now (leased, or pinned at the bottom) are in use: they go to the
+        end of the order, or a few thousand of them would hide all others for ever.
+        """
+        runs, policy = self._ledger.chains.runs, self._ledger.chains.policies[tier]
+        yielded = 0
+        for run_id in list(islice(policy.order(), _LOOKED_AT_MAX)):
+            run: Run | None = runs.get(run_id)
+            if run is None or not run.held[tier]:
+                continue
+            if slot_class not in (None, (run.space.tenant, run.space.slot_bytes[tier])):
+                continue
+            run = self._leaf(run, tier)
+            if not self._may_take(run, tier):
+                policy.touch(run_id)
+                continue
             while run is not None and run.held[tier] and self._may_take(run, tier):
                 yield run
-                if run.id in ledger.chains.runs and run.held[tier]:
+                if run.id in runs and run.held[tier]:
                     break
-                run = ledger.chains.runs.get(run.parent) if run.parent else None
+                run = runs.get(run.parent) if run.parent else None
+            yielded += 1
+            if yielded == _CANDIDATES_MAX:
+                return
+
+    def _leaf(self, run: Run, tier: TierId) -> Run:
+        """A run at or below this one that holds copies in the tier and has none below it."""
+        runs = self._ledger.chains.runs
+        while run.below[tier]:
+            children = (runs[child] for child in run.children or ())
+            run = next(c for c in children if c.held[tier] or c.below[tier])
+        return run
 
     def _may_take(self, run: Run, tier: TierId) -> bool:
         if run.leases or run.below[tier]:
@@ -100,7 +150,7 @@ class Moves:
     def _take_from(self, run: Run, tier: TierId, slot_count: int, moves: list[Move]) -> None:
         """Takes blocks from the run's end until `slot_count` slots are (to be) free."""
         ledger, shards = self._ledger, run.space.shards
-        bit, lower = 1 << tier, self._next_below(tier)
+        bit, lower = 1 << tier, self._next_below(tier, run.space)
         for place in range(len(run) - 1, -1, -1):
             if slot_count <= 0:
                 break
@@ -108,14 +158,16 @@ class Moves:
             if not state & bit:
                 continue
             if self._is_read(run, place, tier):
-                continue  # leaving already, or being copied up: not to be taken twice
-            if state >> (tier + 1):
+                if self._is_leaving(run, place, tier):
+                    continue  # not to be taken twice
+                break  # being copied: it stays, and so do its ancestors
+            if state >> (tier + 1) or run.condemned:
                 ledger.free(run, place, tier, DISPLACED)
             elif lower is None:
                 if run.pins:
                     break
                 ledger.free(run, place, tier, DISPLACED)
-                ledger.evicted_blocks += 1
+                ledger.evicted_blocks += not run.state[place]
             else:
                 move = self._plan(run, place, Route(tier, lower), drop_source=True)
                 if move is None:
@@ -124,13 +176,21 @@ class Moves:
             slot_count -= shards
         ledger.chains.trim(run, DISPLACED)
 
-    def _next_below(self, tier: TierId) -> TierId | None:
-        """The next tier down that takes copies now; None = this is the last."""
-        lower = [t for t in self._ledger.tiers if t > tier and t not in self._ledger.closed_tiers]
-        return lower[0] if lower else None
+    def _next_below(self, tier: TierId, space: Namespace) -> TierId | None:
+        """The next tier down that takes copies of this size now; None = this is the last."""
+        ledger = self._ledger
+        for lower in ledger.tiers:
+            fits = space.slot_bytes[lower] <= ledger.plans[lower].size_bytes
+            if lower > tier and lower not in ledger.closed_tiers and fits:
+                return lower
+        return None
 
     def _is_read(self, run: Run, place: int, tier: TierId) -> bool:
         return (tier, run.slots_of(place, tier)[0]) in self._ledger.readers
+
+    def _is_leaving(self, run: Run, place: int, tier: TierId) -> bool:
+        readers = self._ledger.readers[tier, run.slots_of(place, tier)[0]]
+        return any(self.moves[reader].drop_source for reader in readers)
 
     def _empty_a_segment(self, tier: TierId, space: Namespace, moves: list[Move]) -> None:
         """The tier has no room for this slot size or tenant: empties the segment (of another
@@ -143,10 +203,10 @@ class Moves:
         for segment in slots.segments:
             if segment.slot_class is None or segment.slot_class == mine:
                 continue
-            if segment.slot_class[0] != space.tenant and self._is_guaranteed(
-                tier, segment.slot_class[0]
-            ):
-                continue
+            tenant, slot_bytes = segment.slot_class
+            spare = self._spare_bytes(tier, tenant) if tenant != space.tenant else None
+            if spare is not None and spare < segment.used * slot_bytes:
+                continue  # emptying it would eat into that tenant's guaranteed share
             owners = set(slots.owners(segment.index))
             runs = [ledger.chains.runs[owner] for owner in owners]
             if any(run.leases for run in runs) or not runs:
@@ -158,21 +218,18 @@ class Moves:
             for owner in list(slots.owners(best[1])):
                 self._leave_segment(ledger.chains.runs[owner], tier, best[1], moves)
 
-    def _is_guaranteed(self, tier: TierId, tenant: str) -> bool:
-        guaranteed = self._ledger.guaranteed_bytes.get((tenant, tier), 0)
-        used = self._ledger.slots[tier].used_bytes_by_tenant.get(tenant, 0)
-        return used <= guaranteed
-
     def _leave_segment(self, run: Run, tier: TierId, segment: int, moves: list[Move]) -> None:
         """Takes the run's blocks that lie in the segment, wherever in the chain they are."""
-        bit, lower = 1 << tier, self._next_below(tier)
+        bit, lower = 1 << tier, self._next_below(tier, run.space)
         for place in range(len(run) - 1, -1, -1):
             if not run.state[place] & bit or self._is_read(run, place, tier):
                 continue
-            if all(slot >> 20 != segment for slot in run.slots_of(place, tier)):
+            if all(slot >> SLOT_BITS != segment for slot in run.slots_of(place, tier)):
                 continue
-            if run.state[place] >> (tier + 1) or (lower is None and not run.pins):
+            above = run.state[place] >> (tier + 1)
+            if above or run.condemned or (lower is None and not run.pins):
                 self._ledger.free(run, place, tier, DISPLACED)
+                self._ledger.evicted_blocks += not (run.state[place] or run.condemned)
             elif lower is not None:
                 move = self._plan(run, place, Route(tier, lower), drop_source=True)
                 if move is None:
@@ -270,16 +327,13 @@ class Moves:
     def copy_down(self, runs: Iterator[Run], count_max: int) -> list[Move]:
         """Moves that write below what these runs have only in the first tier; ancestors first."""
         top = self._ledger.top
-        lower = self._next_below(top)
         moves: list[Move] = []
-        if lower is None:
-            return moves
         for run in runs:
-            if not run.held[top] or run.condemned:
+            lower = self._next_below(top, run.space)
+            if not run.held[top] or run.condemned or lower is None:
                 continue
-            for place in range(len(run)):
-                if run.state[place] != 1 << top:
-                    continue
+            place = -1
+            while (place := run.state.find(1 << top, place + 1)) >= 0:
                 if (run.space.id, run.key(place), lower) in self.by_target:
                     continue
                 move = self._plan(run, place, Route(top, lower), drop_source=False)
@@ -325,11 +379,22 @@ class Moves:
 
     @staticmethod
     def _same_bytes(move: Move, run: Run, place: int) -> bool:
-        shards = run.space.shards
+        """Whether what was copied is what the block is now, not what it was before it was evicted
+        and stored again.
+        """
+        source, shards = move.route.source, run.space.shards
+        if run.state[place] >> source & 1:
+            # A slot that a move reads is given to nobody else: the same slots are the same bytes,
+            # also when no checksum was taken yet (0: single-tenant trust).
+            if tuple(run.slots_of(place, source)) == move.source_slots:
+                checksums = run.checksums[place * shards : (place + 1) * shards]
+                return all(
+                    known in (0, label.checksum)
+                    for label, known in zip(move.labels, checksums, strict=True)
+                )
         checksums = run.checksums[place * shards : (place + 1) * shards]
-        # 0: not taken yet (single-tenant trust); the tier that wrote it took it.
         return all(
-            known in (0, label.checksum)
+            known and known == label.checksum
             for label, known in zip(move.labels, checksums, strict=True)
         )
 

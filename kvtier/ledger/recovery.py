@@ -10,6 +10,7 @@ missing, a size that is not the namespace's, or parents that run in a circle are
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,9 @@ def restore(
     for block in blocks.values():
         if block.key not in placed:
             slots.release(block.slots)
-    circular = {block.slots[0] for block in blocks.values() if block.key not in placed}
+    circular = {
+        slot for block in blocks.values() if block.key not in placed for slot in block.slots
+    }
     rejected.extend(claim for claim in believed if circular and claim.slot in circular)
     return len(placed), rejected
 
@@ -66,7 +69,9 @@ def _believable(
     space: Namespace, slot_bytes: int, claims: Sequence[Claim]
 ) -> tuple[list[Claim], list[Claim]]:
     size, shards = space.shard_bytes, space.shards
-    key_size = len(claims[0].label.key) if claims else 0
+    # One damaged record must not speak for all others.
+    sizes = Counter(map(len, (claim.label.key for claim in claims)))
+    key_size = space.key_size or (sizes.most_common(1)[0][0] if sizes else 0)
     space.key_size = key_size
     believed: list[Claim] = []
     rejected: list[Claim] = []

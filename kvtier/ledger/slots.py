@@ -17,6 +17,7 @@ Does not: know blocks, bytes or time; not thread-safe, every caller runs on the 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,7 +31,16 @@ SlotClass = tuple[str, int]  # tenant, slot size in bytes
 class Segment:
     """One segment: its owner class, free slots (a stack) and the run that holds each slot."""
 
-    __slots__ = ("free", "home", "index", "owner_runs", "slot_class", "slot_count", "used")
+    __slots__ = (
+        "free",
+        "home",
+        "in_use",
+        "index",
+        "owner_runs",
+        "slot_class",
+        "slot_count",
+        "used",
+    )
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -39,6 +49,7 @@ class Segment:
         self.slot_count = 0
         self.used = 0
         self.free = array("I")
+        self.in_use = bytearray()  # 1 = handed out: a second release must not pass
         self.owner_runs = array("Q")
 
 
@@ -93,6 +104,8 @@ class TierSlots:
         Raises:
             TierFull: fewer are available. Nothing was acquired.
         """
+        if not count:
+            return array("I")
         if count > (available := self.available(tenant, slot_bytes)):
             raise TierFull(
                 f"{count} slots of {slot_bytes} bytes wanted in {self.plan.tier.label}, "
@@ -105,6 +118,8 @@ class TierSlots:
             index = next(iter(opened)) if opened else self._own(slot_class)
             segment = self.segments[index]
             part = min(count - len(taken), len(segment.free))
+            for slot in segment.free[-part:]:
+                segment.in_use[slot & _INDEX_MASK] = 1
             taken.extend(segment.free[-part:])
             del segment.free[-part:]
             segment.used += part
@@ -134,6 +149,7 @@ class TierSlots:
         segment.slot_count = self.slots_per_segment(slot_bytes)
         first = index << SLOT_BITS
         segment.free = array("I", range(first + segment.slot_count - 1, first - 1, -1))
+        segment.in_use = bytearray(segment.slot_count)
         segment.owner_runs = array("Q", bytes(8 * segment.slot_count))
         self._open.setdefault(slot_class, {})[index] = None
         self._open_slots[slot_class] = self._open_slots.get(slot_class, 0) + segment.slot_count
@@ -151,25 +167,41 @@ class TierSlots:
         for slot in slots:
             by_segment.setdefault(slot >> SLOT_BITS, []).append(slot)
         refused: set[int] = set()
+        if not self._fits(slot_class[1]):
+            return {slot for claimed in by_segment.values() for slot in claimed}
         for index, claimed in by_segment.items():
-            if index >= len(self.segments) or slot_class[1] > self.plan.size_bytes:
+            if index >= len(self.segments):
                 refused.update(claimed)
                 continue
             segment = self.segments[index]
+            once = set(claimed)
+            if len(once) < len(claimed):
+                # Which of two claims to one slot is true cannot be told here: neither is believed.
+                once = {slot for slot, count in Counter(claimed).items() if count == 1}
+            first = index << SLOT_BITS
             if segment.slot_class is None:
+                free = set(range(first, first + self.slots_per_segment(slot_class[1])))
+            else:
+                free = set(segment.free) if segment.slot_class == slot_class else set()
+            taken = free & once
+            refused.update(slot for slot in claimed if slot not in taken)
+            if taken and segment.slot_class is None:
                 self._free_segments.remove(index)
                 self._open_as(index, slot_class)
-            free = set(segment.free) if segment.slot_class == slot_class else set()
-            taken = free.intersection(claimed)
-            refused.update(slot for slot in claimed if slot not in taken)
-            self._take_particular(segment, free - taken, len(taken), slot_class)
+            self._take_particular(segment, free - taken, taken, slot_class)
         return refused
 
+    def _fits(self, slot_bytes: int) -> bool:
+        return 0 < slot_bytes <= self.plan.size_bytes
+
     def _take_particular(
-        self, segment: Segment, left: set[int], count: int, slot_class: SlotClass
+        self, segment: Segment, left: set[int], taken: set[int], slot_class: SlotClass
     ) -> None:
-        if not count:
+        if not taken:
             return
+        count = len(taken)
+        for slot in taken:
+            segment.in_use[slot & _INDEX_MASK] = 1
         segment.free = array("I", sorted(left, reverse=True))
         segment.used += count
         self._open_slots[slot_class] -= count
@@ -184,6 +216,9 @@ class TierSlots:
             slot_class = segment.slot_class
             if slot_class is None or segment.used == 0:
                 raise InvariantViolated(f"slot {slot:#x} released but its segment is free")
+            if not segment.in_use[slot & _INDEX_MASK]:
+                raise InvariantViolated(f"slot {slot:#x} released but not in use")
+            segment.in_use[slot & _INDEX_MASK] = 0
             if not segment.free:
                 self._open.setdefault(slot_class, {})[segment.index] = None
             segment.free.append(slot)
@@ -202,6 +237,7 @@ class TierSlots:
         segment.slot_class = None
         segment.slot_count = 0
         segment.free = array("I")
+        segment.in_use = bytearray()
         segment.owner_runs = array("Q")
         self._free_segments.append(segment.index)
 
@@ -240,6 +276,10 @@ class TierSlots:
                 if segment.used or len(segment.free):
                     raise InvariantViolated(f"free segment {segment.index} has slots")
                 continue
+            if not segment.used:
+                raise InvariantViolated(f"segment {segment.index} is owned but holds nothing")
+            if segment.in_use.count(1) != segment.used:
+                raise InvariantViolated(f"segment {segment.index}: slots in use are miscounted")
             if len(segment.free) + segment.used != segment.slot_count:
                 raise InvariantViolated(f"segment {segment.index}: free + used != slots")
             if len(set(segment.free)) != len(segment.free):

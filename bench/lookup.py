@@ -1,0 +1,217 @@
+"""Looking up a 512-block prefix with a million blocks held; with a lease; while blocks demote.
+
+In DRAM lie real blocks, but of 4 KiB, stored through the socket like any others. For the case of
+demotion the million lies on SSD (`synthetic.py`) while a second process stores 2 MiB blocks as fast
+as it can into a small DRAM tier, so that all of them go down to the same SSD.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Final
+
+import uvloop
+
+from bench import synthetic
+from bench.daemon import ROOT, Daemon, Setup, attached
+from bench.keys import CHAIN_BLOCKS, chain, chains
+from bench.latency import Spread, measure, measure_async, spread
+from bench.row import Row
+from bench.rpc import empty_call, empty_request
+from kvtier.block import BlockFormat, Keys
+from kvtier.client import AsyncClient, AsyncSpace, Client, Lease, Space
+from kvtier.client.admin import AdminClient
+from kvtier.units import GIB, KIB, MIB, align_up
+
+NAME: Final = "lookup"
+BLOCK_BYTES: Final = 4 * KIB
+_ASKED: Final = 64  # chains that are looked up, spread over all
+_PRESSURE_BLOCK_BYTES: Final = 2 * MIB
+_PRESSURE_BATCH: Final = 32
+
+
+def run(*, quick: bool) -> list[Row]:
+    """p50 and p99 with both clients; then p99 under demotion."""
+    held = 16 * CHAIN_BLOCKS if quick else 1 << 20
+    return [*_held_in_dram(held, quick), *_during_demotion(held, quick)]
+
+
+def _held_in_dram(held: int, quick: bool) -> list[Row]:
+    rounds, calls = (2, 50) if quick else (9, 1500)
+    room = align_up(held * BLOCK_BYTES * 8 // 7, 64 * MIB)
+    with Daemon(Setup(dram_bytes=room)) as daemon:
+        with daemon.client() as client:
+            space = attached(client, block_bytes=BLOCK_BYTES)
+            store_chains(space, held)
+            asked = _asked(held)
+            blocking = _blocking(client, space, asked, rounds, calls)
+        aio = uvloop.run(_aio(daemon, asked, rounds, calls))
+    rows = []
+    for name, found in (("aio client", aio), ("blocking client", blocking)):
+        floor = found["empty"]
+        for case, bar_us, bar_ratio in (("lookup", 150, 1.6), ("lookup with lease", 240, 2.5)):
+            judged = name == "aio client" and not quick
+            text = f"{name}, {case}, {held} blocks in DRAM"
+            one = found[case]
+            rows += [
+                Row.of(
+                    NAME, f"{text}, p50", one.p50_us, "us", limit=floor.p50_us,
+                    bar=f"value <= {bar_us}" if judged else None,
+                ),
+                Row.of(
+                    NAME, f"{text}, p50 over an empty RPC's", one.p50_us, "us", limit=floor.p50_us,
+                    bar=f"ratio <= {bar_ratio}" if judged else None,
+                ),
+                Row.of(NAME, f"{text}, p99", one.p99_us, "us", limit=floor.p99_us),
+            ]  # fmt: skip
+    return rows
+
+
+def store_chains(space: Space, block_count: int, *, salt: str = "") -> None:
+    """Stores `keys.chains(block_count)` with whatever bytes lie in the write arena."""
+    for keys in chains(block_count, salt=salt):
+        done = 0
+        while done < len(keys):
+            rest = Keys(keys.packed[done * keys.size :], keys.size)
+            parent = keys[done - 1] if done else None
+            with space.reserve(rest, parent, position=done) as reservation:
+                reservation.commit()
+                done += reservation.covered_count
+
+
+def _asked(held: int) -> list[Keys]:
+    count = held // CHAIN_BLOCKS
+    return [chain(number) for number in range(0, count, max(1, count // _ASKED))]
+
+
+def _blocking(
+    client: Client, space: Space, asked: list[Keys], rounds: int, calls: int
+) -> dict[str, Spread]:
+    link = client.linker.current()
+    assert link is not None
+    request, release = empty_request(client), link.stub.Release
+    leases: list[Lease] = []
+
+    def lease(number: int) -> None:
+        found = space.lookup(asked[number % len(asked)], lease=True)
+        assert found.lease is not None
+        leases.append(found.lease)
+
+    def find(number: int) -> None:
+        assert space.lookup(asked[number % len(asked)]).block_count == CHAIN_BLOCKS
+
+    return measure(
+        {"empty": lambda _: release(request), "lookup": find, "lookup with lease": lease},
+        {"lookup with lease": lambda: leases.pop().release()},
+        rounds=rounds,
+        calls=calls,
+    )
+
+
+async def _aio(daemon: Daemon, asked: list[Keys], rounds: int, calls: int) -> dict[str, Spread]:
+    async with AsyncClient(daemon.socket, deadline_s=10, timeout_s=60) as client:
+        empty = await empty_call(client)
+        space = await _opened(client)
+        leases = []
+
+        async def find(number: int) -> None:
+            found = await space.lookup(asked[number % len(asked)])
+            assert found.block_count == CHAIN_BLOCKS, found
+
+        async def lease(number: int) -> None:
+            found = await space.lookup(asked[number % len(asked)], lease=True)
+            assert found.lease is not None
+            leases.append(found.lease)
+
+        async def release() -> None:
+            await leases.pop().release()
+
+        return await measure_async(
+            {"empty": empty, "lookup": find, "lookup with lease": lease},
+            {"lookup with lease": release},
+            rounds=rounds,
+            calls=calls,
+        )
+
+
+async def _opened(client: AsyncClient) -> AsyncSpace:
+    shape = BlockFormat(1, 1, 1, "bfloat16", 16, opaque_bytes=BLOCK_BYTES)
+    return await client.open_namespace(model="bench", format=shape)
+
+
+# --- while blocks demote
+
+
+def _during_demotion(held: int, quick: bool) -> list[Row]:
+    setup = Setup(
+        dram_bytes=(128 if quick else 512) * MIB,
+        ssd_bytes=synthetic.ssd_bytes(held) + (1 if quick else 24) * GIB,
+        ssd_segment_bytes=synthetic.SEGMENT_BYTES,
+        write_arena_bytes=128 * MIB,
+    )
+    with Daemon(setup, start=False) as daemon:
+        synthetic.write_state(daemon.state, held, tier_bytes=setup.ssd_bytes)
+        daemon.start()
+        with daemon.client() as client:
+            attached(client, block_bytes=BLOCK_BYTES)
+        quiet = uvloop.run(_timed(daemon, _asked(held), 0.3 if quick else 3.0))
+        pressure = subprocess.Popen(
+            [sys.executable, "-m", "bench.lookup", str(daemon.socket)], cwd=ROOT
+        )
+        try:
+            before = _demoted_bytes(daemon)
+            while _demoted_bytes(daemon) < before + 64 * MIB and pressure.poll() is None:
+                time.sleep(0.05)
+            before, start_s = _demoted_bytes(daemon), time.monotonic()
+            busy = uvloop.run(_timed(daemon, _asked(held), 0.5 if quick else 6.0))
+            rate = (_demoted_bytes(daemon) - before) / (time.monotonic() - start_s) / 1e9
+        finally:
+            pressure.kill()
+            pressure.wait()
+    text = f"aio client, lookup, {held} blocks on SSD"
+    bar = None if quick else "value <= 5000"
+    return [
+        Row.of(NAME, f"{text}, undisturbed, p99", quiet.p99_us, "us"),
+        Row.of(
+            NAME, f"{text}, during demotion, p99", busy.p99_us, "us", limit=quiet.p99_us, bar=bar
+        ),
+        Row.of(NAME, f"{text}, during demotion, p50", busy.p50_us, "us", limit=quiet.p50_us),
+        Row.of(NAME, f"{text}, during demotion, longest", busy.max_us, "us", limit=quiet.max_us),
+        Row.of(NAME, "demotion meanwhile", rate, "GB/s"),
+    ]
+
+
+async def _timed(daemon: Daemon, asked: list[Keys], seconds: float) -> Spread:
+    """Of all lookups in that time: one round, nothing left out."""
+    async with AsyncClient(daemon.socket, deadline_s=10, timeout_s=60) as client:
+        space = await _opened(client)
+        taken: list[int] = []
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            start = time.perf_counter_ns()
+            found = await space.lookup(asked[len(taken) % len(asked)])
+            taken.append(time.perf_counter_ns() - start)
+            assert found.block_count == CHAIN_BLOCKS, found
+        return spread([taken])
+
+
+def _demoted_bytes(daemon: Daemon) -> int:
+    with AdminClient(daemon.directory / "run" / "admin.sock") as admin:
+        return sum(route.size_bytes for route in admin.stat().routes)
+
+
+def press(socket: str) -> None:
+    """Stores new 2 MiB blocks without end, filling nothing: the daemon's work, not the client's."""
+    with Client(socket, deadline_s=10, timeout_s=120) as client:
+        space = attached(client, block_bytes=_PRESSURE_BLOCK_BYTES)
+        number = 0
+        while True:
+            keys = chain(number, _PRESSURE_BATCH, salt="pressure")
+            space.store(keys, lambda block: None, timeout_s=120)
+            number += 1
+
+
+if __name__ == "__main__":
+    press(sys.argv[1])
