@@ -100,7 +100,7 @@ class Daemon:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "kvtier", "serve", "--config", str(self._config)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - nothing but one prctl
+                preexec_fn=_die_with_parent,
             )  # fmt: skip
         while self.log().count("daemon.ready") == before:
             if self._process.poll() is not None or time.monotonic() - started_s > START_S:

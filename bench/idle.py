@@ -1,4 +1,4 @@
-"""Memory of an idle daemon without its arenas, against an interpreter that imported its libraries."""
+"""Memory of an idle daemon without its arenas, against a Python that imported its libraries."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.machine import wait_until_quiet
 
-PATIENCE_S = 1.5
+PATIENCE_S = 3.0
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def run(*, quick: bool) -> list[Row]:
 
 
 def _held_in_dram(held: int, quick: bool) -> list[Row]:
-    rounds, calls = (2, 50) if quick else (9, 1500)
+    rounds, calls = (2, 50) if quick else (7, 1000)
     room = align_up(held * BLOCK_BYTES * 8 // 7, 64 * MIB)
     with Daemon(Setup(dram_bytes=room)) as daemon:
         with daemon.client() as client:

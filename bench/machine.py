@@ -56,12 +56,12 @@ def _cpu_model() -> str:
 
 def _disk(path: Path) -> str:
     """The block device below `path`, and whether the kernel says that it turns."""
-    device = os.stat(path).st_dev
+    device = path.stat().st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     if not folder.exists():
         return "not a block device"
     name = folder.resolve().name
-    queue = next((p / "queue" for p in (folder, folder.resolve().parent) if (p / "queue").exists()))
+    queue = next(p / "queue" for p in (folder, folder.resolve().parent) if (p / "queue").exists())
     turns = (queue / "rotational").read_text().strip() == "1"
     return f"{name}, {'rotational' if turns else 'not rotational'}"
 
@@ -106,6 +106,8 @@ class Buffer:
         self._map.madvise(mmap.MADV_HUGEPAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = align_up(start, HUGE_PAGE_BYTES)
+        before = self.address - start
+        self.view = memoryview(self._map)[before : before + self.size_bytes]
         native.prefault(self.address, self.size_bytes)
         pattern = os.urandom(MIB)
         for offset in range(0, self.size_bytes, MIB):
@@ -124,7 +126,7 @@ def best_seconds(work: Callable[[], object], *, repeats: int, patience_s: float 
 
 
 def memcpy_gb_per_s(target: Buffer, source: Buffer, part_bytes: int, *, repeats: int) -> float:
-    """libc memcpy of one buffer into another, hot: in parts or at once, whichever is faster."""
+    """Libc memcpy of one buffer into another, hot: in parts or at once, whichever is faster."""
     size_bytes = min(target.size_bytes, source.size_bytes)
 
     def in_parts() -> None:

@@ -40,7 +40,7 @@ class Row:
         limit: float | None = None,
         bar: str | None = None,
     ) -> Row:
-        """The row, with ratio and verdict worked out. Raises ValueError for a bar not so written."""
+        """The row, with ratio and verdict. Raises ValueError for a bar not so written."""
         ratio = value / limit if limit else None
         ok = None if bar is None else _holds(bar, {"value": value, "ratio": ratio})
         return cls(bench, case, _short(value), unit, _shorter(limit), _shorter(ratio), bar, ok)
@@ -72,7 +72,9 @@ def table(rows: Iterable[Row]) -> str:
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
+        + " |"
         for line in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

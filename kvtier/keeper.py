@@ -13,12 +13,14 @@ import asyncio
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from kvtier import native
 from kvtier.block import (
+    SLOT_BITS,
     Found,
     Keys,
     Move,
@@ -30,7 +32,7 @@ from kvtier.block import (
 )
 from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
-from kvtier.errors import InvariantViolated, KvTierError, TierFailed
+from kvtier.errors import DaemonUnavailable, InvariantViolated, KvTierError, TierFailed
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
@@ -66,6 +68,7 @@ _CLOSED_S = 5.0
 # by the first moves.
 _BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
 _PROMOTE_MOVES_MAX = 512
+_DURABLE_S = 60.0  # a durable commit that waits longer for the SSD tier is told so
 
 
 class Keeper:
@@ -113,7 +116,7 @@ class Keeper:
             batch_moves_max=config.tiers.ssd.queue_depth_max,
         )
         self.recycling = Recycling(
-            dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake
+            dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake, self._recycled
         )
         self._clock = clock
         self._started_s = clock.monotonic_s()
@@ -121,6 +124,10 @@ class Keeper:
         self._woken = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
         self._erasing = asyncio.Lock()
+        self._unerased: list[Erasure] = []  # the tier failed: to be tried again
+        self._sweeping: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._epochs = threading.Lock()
         self._registered: set[bytes] = set()
         self._closed_until_s: dict[TierId, float] = {}
         self._copied_down = 0
@@ -203,21 +210,40 @@ class Keeper:
     async def _tend(self) -> None:
         tick_at_s = self.now_s() + _TICK_S
         while True:
+            # Not wait_for: before Python 3.12 it swallows a cancellation that meets a wake-up.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(0.0, tick_at_s - self.now_s()))
+                async with asyncio.timeout(max(0.0, tick_at_s - self.now_s())):
+                    await self._woken.wait()
             self._woken.clear()
+            if self.mover.broken is not None:
+                raise self.mover.broken
             if self.now_s() >= tick_at_s:
                 tick_at_s = self.now_s() + _TICK_S
                 self._tick()
+            used_bytes = self.ledger.slots[self.ledger.top].used_bytes
             self._hold_water_marks()
             if self.ledger.reap():
                 self._woken.set()
-            try:
+            if self.ledger.slots[self.ledger.top].used_bytes < used_bytes:
+                self.progress.notify()
+            # Beside this task: a slow disk must not keep the clock from ending what is over.
+            if self._sweeping is None or self._sweeping.done():
+                if self._sweeping is not None:
+                    self._sweeping.result()
+                self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Erases and recycles what is to be; looks again if the tending task was woken."""
+        try:
+            if TierId.SSD not in self.ledger.closed_tiers:
                 await self._erase_pending()
-                await self.recycling.run()
-            except TierFailed as error:
-                log.warning("tier.failed %s", error)
-                self._close_for_a_while(TierId.SSD)
+        except TierFailed as error:
+            log.warning("tier.failed %s", error)
+            self._close_for_a_while(TierId.SSD)
+        try:
+            await self.recycling.run()
+        except TierFailed as error:
+            log.warning("tier.failed %s", error)
 
     @property
     def tending(self) -> asyncio.Task[None] | None:
@@ -248,17 +274,28 @@ class Keeper:
             if self.ledger.used_share(tier) > section.high_water:
                 self.mover.submit(self.moves.shrink_to(tier, int(section.low_water * capacity)))
 
-    def make_room(self, space: Namespace, block_count: int) -> None:
-        """Starts making room for that many blocks in DRAM; wakes waiters when there is some."""
+    def make_room(self, space: Namespace, block_count: int) -> bool:
+        """Starts making room for that many blocks in DRAM; wakes waiters when there is some.
+        Returns whether there is room for one now.
+        """
         top, tenant = self.ledger.top, space.tenant
+        slots, slot_bytes = self.ledger.slots[top], space.slot_bytes[top]
+        before = slots.available(tenant, slot_bytes)
         moves = self.moves.make_room(top, space, block_count * space.shards)
         self.mover.submit(moves)
-        if self.ledger.slots[top].available(tenant, space.slot_bytes[top]):
+        after = slots.available(tenant, slot_bytes)
+        if after > before:
+            # Only then: two who wait for something else must not keep each other awake.
             self.progress.notify()
-        else:
+        if after < space.shards:
             self._starving = True
             self.recycling.start(tenant, self.sessions)
         self._woken.set()
+        return after >= space.shards
+
+    def _recycled(self, segment: int) -> None:
+        """The segment's arena is new: its generation words are 0 again."""
+        self.revoked = {s: g for s, g in self.revoked.items() if s >> SLOT_BITS != segment}
 
     def _revoke_overdue(self, now_s: float) -> None:
         """Room is wanted and leases stand longer than `limits.lease_ttl_s`: takes them back. The
@@ -315,26 +352,38 @@ class Keeper:
 
     async def _erase_pending(self) -> None:
         """Records first, then the slots are free. In order: a slot written anew is never erased."""
+        # In a task of its own: its caller may be cancelled, but a slot whose record a thread is
+        # erasing must not be written meanwhile.
+        await asyncio.shield(asyncio.get_running_loop().create_task(self._erase_in_turn()))
+
+    async def _erase_in_turn(self) -> None:
+        """What fails is kept, its slots with it, and tried again: it must not come back at a
+        restart, and whoever evicts it again is told the truth. Raises TierFailed, at the end.
+        """
         async with self._erasing:
-            erasures = self.ledger.take_erasures()
+            erasures = self._unerased + self.ledger.take_erasures()
+            self._unerased = []
+            failed: TierFailed | None = None
             for wipe in (True, False):
                 chosen = [erasure for erasure in erasures if erasure.wipe is wipe]
                 for at in range(0, len(chosen), 1024):
-                    await self._erase(chosen[at : at + 1024], wipe)
+                    part = chosen[at : at + 1024]
+                    try:
+                        await self._erase(part, wipe)
+                    except TierFailed as error:
+                        self._unerased.extend(part)
+                        self._wipes_failed += wipe
+                        failed = error
+            self.progress.notify()
+            if failed is not None:
+                raise failed
 
     async def _erase(self, erasures: list[Erasure], wipe: bool) -> None:
         assert self.ssd is not None
         records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
-        try:
-            await self.in_thread(functools.partial(self.ssd.erase, records, durable=wipe))
-        except TierFailed:
-            self._wipes_failed += wipe
-            raise
-        finally:
-            # Also when it failed: a record that stayed names a slot whose header will tell
-            # another story, and is a miss. The caller of an explicit evict is told.
-            self.ledger.erased(erasures)
-            self.progress.notify()
+        await self.in_thread(functools.partial(self.ssd.erase, records, durable=wipe))
+        self.ledger.erased(erasures)
+        self.progress.notify()
 
     async def erase_for_good(self, space: Namespace, keys: Iterable[bytes]) -> None:
         """Returns when nothing of these blocks can come back, not even by moves under way.
@@ -347,16 +396,25 @@ class Keeper:
         targets = [(space.id, key, tier) for key in keys for tier in self.ledger.tiers]
         while any(target in self.moves.by_target for target in targets):
             await self.progress.wait(_TICK_S)
-        await self._erase_pending()
+        with contextlib.suppress(TierFailed):
+            await self._erase_pending()
         if self._wipes_failed != failed_before:
             raise TierFailed("the blocks are gone, but not yet durably so: evict them again")
 
     async def begin_epoch(self, space: Namespace) -> None:
         """The namespace's new epoch is on stable storage when this returns. Raises TierFailed."""
         self.wake()
-        if self.ssd is not None and space.digest in self._registered:
-            digest, epoch = space.digest, space.epoch
-            await self.in_thread(functools.partial(self.ssd.set_epoch, digest, epoch))
+        if self.ssd is not None:
+            await self.in_thread(functools.partial(self._set_epoch, self.ssd, space))
+            self.wake()
+
+    def _set_epoch(self, ssd: SsdTier, space: Namespace) -> None:
+        """Worker thread. Registered or not: a first batch may be registering the old epoch now."""
+        with self._epochs:  # of two clears at once the later epoch is written last
+            epoch = space.epoch
+            ssd.register_namespace(space.digest, space.spec.to_json(), epoch)
+            ssd.set_epoch(space.digest, epoch)
+            self._registered.add(space.digest)
 
     # --- durability
 
@@ -365,7 +423,8 @@ class Keeper:
         if self.ssd is None:
             raise TierFailed("durable commits need the SSD tier: tiers.ssd.enabled")
         lower = TierId.SSD
-        for _ in range(64):
+        until_s = self.now_s() + _DURABLE_S
+        while True:
             missing = {id(run): run for run in self._only_above(space, keys)}
             moving = any((space.id, key, lower) in self.moves.by_target for key in keys)
             if not missing:
@@ -374,9 +433,13 @@ class Keeper:
             self.mover.submit(moves)
             if not moves and not moving and lower in self.ledger.closed_tiers:
                 raise TierFailed("the SSD tier takes no writes now: the blocks are in memory only")
+            if self._stopping:
+                raise DaemonUnavailable("the daemon is stopping: the blocks are in memory only")
+            if self.now_s() >= until_s:
+                raise TierFailed("the SSD tier did not take the blocks: they are in memory only")
             await self.progress.wait(_TICK_S * 4)
-        else:
-            raise TierFailed("the SSD tier did not take the blocks: they are in memory only")
+        if self._stopping:
+            raise DaemonUnavailable("the daemon is stopping: it could not sync the blocks")
         await self.in_thread(self.ssd.sync)
 
     def _only_above(self, space: Namespace, keys: Sequence[bytes]) -> Iterator[Run]:
@@ -407,12 +470,22 @@ class Keeper:
         self.draining = True
         self.progress.notify()
         if self._tending is not None and not self._tending.done():
-            await self.flush(grace_s)
+            try:
+                await self.flush(grace_s)
+            except TierFailed as error:
+                log.warning("flush.failed %s", error)
             self._tending.cancel()
             await asyncio.wait([self._tending])
+        self._stopping = True
+        self.progress.notify()
         await self.mover.close()
+        if self._sweeping is not None:
+            await asyncio.wait([self._sweeping])
         if self.ssd is not None:
-            await self._erase_pending()
+            try:
+                await self._erase_pending()
+            except TierFailed as error:
+                log.warning("erase.failed %s", error)
         await asyncio.get_running_loop().run_in_executor(None, self._close_tiers)
 
     def _close_tiers(self) -> None:
@@ -442,6 +515,11 @@ class Keeper:
             load_ms += run_ms
             count += run.block_count
         return Found(found.block_count, found.runs, load_ms, found.reason, found.first_needed)
+
+    def load_ms(self, space: Namespace, found: Found) -> float:
+        """Predicted time to have all of the answer in DRAM and copied out."""
+        size_bytes = space.size_bytes
+        return sum(r.block_count * size_bytes / self._rate(r.tier) * 1000 for r in found.runs)
 
     def _rate(self, tier: TierId) -> float:
         for route, counts in self.mover.counts.items():

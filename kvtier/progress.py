@@ -36,7 +36,9 @@ class Progress:
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:
-            await asyncio.wait_for(waiter, timeout_s)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that meets a wake-up.
+            async with asyncio.timeout(timeout_s):
+                await waiter
         except TimeoutError:
             return False
         finally:
@@ -75,6 +77,10 @@ class EventRing:
     async def watch(self, namespace_id: int, from_revision: int) -> AsyncIterator[Event]:
         """Events of one namespace from a revision on (0 = from now), then as they happen."""
         following = from_revision or self.revision + 1
+        if following > self.revision + 1:
+            # A revision of an earlier life of the daemon: what it saw since is not known.
+            yield Event(self.revision, EventKind.COMPACTED, namespace_id)
+            following = self.revision + 1
         while True:
             oldest = self._events[0].revision if self._events else self.revision + 1
             if following < oldest:

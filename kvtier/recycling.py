@@ -17,6 +17,8 @@ from kvtier.session import Session
 from kvtier.tiers.arena import Arena
 from kvtier.tiers.dram import DramTier
 
+_NOBODY = "\0"  # no tenant has this name
+
 
 class Recycling:
     """Segments of one memory tier on their way to another tenant. Event loop only."""
@@ -27,11 +29,13 @@ class Recycling:
         slots: TierSlots,
         in_thread: Callable[[Callable[[], Arena]], Awaitable[Arena]],
         done: Callable[[], None],
+        recycled: Callable[[int], None],
     ) -> None:
         self._tier = tier
         self._slots = slots
         self._in_thread = in_thread
         self._done = done
+        self._recycled = recycled
         self._waiting: dict[int, tuple[int, set[int]]] = {}  # arena -> (segment, sessions)
         self._ready: list[int] = []
 
@@ -45,9 +49,12 @@ class Recycling:
         segment = self._slots.foreign_free(tenant)
         if segment is None:
             return False
-        arena = self._tier.arena(segment)
-        if arena.id in self._waiting or segment in self._ready:
+        if segment in self._ready or any(segment == s for s, _ in self._waiting.values()):
             return True
+        arena = self._tier.arena(segment)
+        # From here on nobody may own it: not even the tenant whose clients map it, since they are
+        # asked to unmap, and since a worker thread replaces the memory.
+        self._slots.segments[segment].home = _NOBODY
         holders = {s.id for s in sessions.values() if arena.id in s.announced}
         self._waiting[arena.id] = (segment, holders)
         for session_id in list(holders):
@@ -72,8 +79,8 @@ class Recycling:
         """Replaces the arenas of segments that nobody maps any longer."""
         while self._ready:
             segment = self._ready[0]
-            if self._slots.segments[segment].slot_class is None:
-                await self._in_thread(functools.partial(self._tier.recycle, segment))
-                self._slots.recycled(segment)
+            await self._in_thread(functools.partial(self._tier.recycle, segment))
+            self._slots.recycled(segment)
             self._ready.pop(0)
+            self._recycled(segment)
             self._done()

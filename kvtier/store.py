@@ -44,6 +44,7 @@ from kvtier.errors import (
     LeaseLost,
     LimitReached,
     PermissionDenied,
+    ReservationExpired,
     TierFull,
 )
 from kvtier.keeper import Keeper
@@ -197,6 +198,8 @@ class Store:
 
     def _space(self, session: Session | None, namespace_id: int) -> Namespace:
         space = self._ledger.space(namespace_id)
+        if session is not None and session.ended:
+            raise DaemonUnavailable("this session has ended")
         if session is not None and space.tenant != session.tenant:
             raise PermissionDenied(f"namespace {namespace_id} belongs to another tenant")
         return space
@@ -242,12 +245,18 @@ class Store:
         for space, _ in asked:
             _check_shard(space, shard)
         found, spans, tokens = self._ledger.lookup(asked)
-        found = [
-            self.keeper.predicted(space, one) for (space, _), one in zip(asked, found, strict=True)
-        ]
-        if len(found) == 1:
+        if len(found) > 1:
+            # What several groups have in common is not cut further: only timed.
+            found = [
+                replace(one, load_ms=self.keeper.load_ms(space, one))
+                for (space, _), one in zip(asked, found, strict=True)
+            ]
+        else:
+            found = [self.keeper.predicted(asked[0][0], found[0])]
             tokens = found[0].block_count * asked[0][0].block_tokens
             spans = [_cut(spans[0], found[0].block_count - found[0].first_needed)]
+        if lease and tokens:
+            self._check_lease_limit(session, len(asked))
         self.keeper.tally.lookup(asked, found)
         leases: list[LeaseGrant] = []
         if lease and tokens:
@@ -289,6 +298,7 @@ class Store:
         if query is None:
             lease = self._standing_lease(session, lease_id)
             _check_shard(lease.space, shard)
+            held_before = session.id in lease.holders
             self._hold(session, lease)
         else:
             space = self._space(session, query.namespace_id)
@@ -299,23 +309,26 @@ class Store:
             found, spans, tokens = self._ledger.lookup(asked)
             if not tokens:
                 return LeaseGrant(0, 0, 0, 0, None), found[0].reason
+            held_before = False
             lease = self._take_lease(session, space, query.keys, found[0], spans[0])
             lease.reason = found[0].reason
         try:
             await self._settle(lease, deadline_s)
-        except asyncio.CancelledError:
-            self._let_go(session, lease.id)
+        except BaseException:
+            if not held_before and self._let_go(session, lease.id):
+                self.keeper.progress.notify()
             raise
-        if lease.id not in self._ledger.leases:
+        if lease.id not in self._ledger.leases or session.id not in lease.holders:
             raise LeaseLost(f"lease {lease.id} ended while it waited")
         if lease.needed_count <= 0:
             self._let_go(session, lease.id)
+            self.keeper.progress.notify()
             return LeaseGrant(0, 0, 0, 0, None), lease.reason
         return self._grant(session, lease, shard), lease.reason
 
     def _standing_lease(self, session: Session, lease_id: int) -> Lease:
         lease = self._ledger.leases.get(lease_id)
-        if lease is None:
+        if lease is None or session.ended:
             raise LeaseLost(f"lease {lease_id} is over: look up again")
         same_group = session.group and session.group == lease.group
         if lease.tenant != session.tenant or not (lease.session_id == session.id or same_group):
@@ -325,11 +338,7 @@ class Store:
     def _take_lease(
         self, session: Session, space: Namespace, keys: Keys, found: Found, spans: list[Span]
     ) -> Lease:
-        if len(session.leases) >= self.keeper.config.limits.leases_per_session_max:
-            raise LimitReached(
-                f"{len(session.leases)} leases of this session (limits.leases_per_session_max): "
-                "release some"
-            )
+        self._check_lease_limit(session, 1)
         lease = self._ledger.lease(
             space,
             keys,
@@ -348,6 +357,13 @@ class Store:
     def _hold(session: Session, lease: Lease) -> None:
         session.leases.add(lease.id)
         lease.holders.add(session.id)
+
+    def _check_lease_limit(self, session: Session, more: int) -> None:
+        if len(session.leases) + more > self.keeper.config.limits.leases_per_session_max:
+            raise LimitReached(
+                f"{len(session.leases)} leases of this session (limits.leases_per_session_max): "
+                "release some"
+            )
 
     async def _settle(self, lease: Lease, deadline_s: float) -> None:
         until_s = self.keeper.now_s() + deadline_s
@@ -481,7 +497,8 @@ class Store:
                 f"a block of {slot_bytes} bytes is larger than the write arena of "
                 f"{session.room.arena.data_bytes}: raise limits.write_arena_bytes"
             )
-        self.keeper.make_room(space, len(keys))
+        if self.keeper.make_room(space, len(keys)) and self._room_count(session, space, 1):
+            return
         if not await self.keeper.progress.wait(until_s - self.keeper.now_s()):
             raise TierFull(
                 f"no room for a block of {slot_bytes} bytes in {self._ledger.top.label} by the "
@@ -543,14 +560,23 @@ class Store:
             checksums = await self._copy_in(session, reservation, entries)
         except KvTierError:
             self._filling.fail_commit(reservation, entries)
+            self._return_room(reservation, session)
+            self.keeper.wake()
             raise
         finally:
             session.copying -= 1
             if session.ended:
                 self._close_room_when_quiet(session)
+        ended = reservation.ended
         filled = self._filling.finish_commit(reservation, entries, checksums)
         self._return_room(reservation, session)
         space = reservation.space
+        if ended:
+            self.keeper.wake()
+            raise ReservationExpired(
+                f"reservation {reservation.id} ended while its bytes were copied: nothing was "
+                "stored; reserve again"
+            )
         if filled.ready:
             first = next(entry for entry in entries if entry.key == filled.ready[0])
             self.keeper.tally.stored_blocks += len(filled.ready)
@@ -638,6 +664,7 @@ class Store:
         space = self._space(session, query.namespace_id)
         gone = self._ledger.evict(space, query.keys)
         if gone:
+            self.keeper.wake()
             self.keeper.events.add(EventKind.REMOVED, space, keys=gone)
         await self.keeper.erase_for_good(space, gone)
         return len(gone)

@@ -159,11 +159,14 @@ def make_model(directory: Path, given: Path | None) -> dict[str, Any]:
                 pipe.close()
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ours, without settings of another kvtier, and with no way to a model hub."""
+def environment(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """Ours, without settings of another kvtier, with no way to a model hub, and leaving what
+    torch keeps in temporary directories in `directory`.
+    """
     kept = {name: value for name, value in environ.items() if not name.startswith("KVTIER_")}
     native = {name: environ[name] for name in ("KVTIER_NATIVE",) if name in environ}
-    return {**kept, **native, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {**kept, **native, **offline, "TMPDIR": str(directory)}
 
 
 def _engine(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -183,7 +186,7 @@ def _spawn(
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
-        env=environment(os.environ),
+        env=environment(os.environ, Path(stderr.name).parent),
         start_new_session=True,
         preexec_fn=_end_with_parent,  # one thread, and only a system call
     )

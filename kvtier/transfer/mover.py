@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from kvtier.block import Move, Route, SlotIO, TierId
-from kvtier.errors import DaemonUnavailable, KvTierError
+from kvtier.errors import DaemonUnavailable, KvTierError, TierFailed
 from kvtier.tiers.base import Tier
 from kvtier.units import MIB
 
@@ -87,6 +87,8 @@ class Mover:
         self._running: dict[Route, int] = {}
         self._busy_since: dict[Route, float] = {}
         self._closing = False
+        #: What a worker thread raised that no tier may raise: the daemon must stop.
+        self.broken: BaseException | None = None
         self.counts: dict[Route, RouteCounts] = {}
 
     def submit(self, moves: Sequence[Move]) -> None:
@@ -131,13 +133,23 @@ class Mover:
         loop = asyncio.get_running_loop()
         job = loop.run_in_executor(self._executor, self._work, route, batch, items)
         try:
-            await asyncio.shield(job)
+            await asyncio.shield(asyncio.wait([job]))
         finally:
             # A cancelled batch is still being written or read: its slots are not ours until then.
             if not job.done():
                 await asyncio.wait([job])
+            self._look_for_damage(job, items)
             self._finish(route, batch, items, owners)
             self._start(route)
+
+    def _look_for_damage(self, job: asyncio.Future[None], items: list[SlotIO]) -> None:
+        """Of a job that ended by a bug nothing is known: none of its moves may count as done."""
+        error = job.exception()
+        if error is None:
+            return
+        self.broken = self.broken or error
+        for item in items:
+            item.error = item.error or TierFailed(f"the batch broke: {error!r}")
 
     def _items(self, route: Route, batch: list[Move]) -> tuple[list[SlotIO], list[int]]:
         items: list[SlotIO] = []

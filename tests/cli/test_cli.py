@@ -153,9 +153,11 @@ def test_check_and_doctor(daemon: Daemon, space: Space) -> None:
 
 
 def test_a_second_daemon_ends_with_status_6(daemon: Daemon) -> None:
+    config = str(daemon.directory / "kvtier.toml")
     result = subprocess.run(
-        [sys.executable, "-m", "kvtier", "serve", "--config", str(daemon.directory / "kvtier.toml")],
-        env=environment(os.environ), capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, "-m", "kvtier", "serve", "--config", config],
+        env=environment(os.environ, daemon.directory),
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 6, result.stderr
     assert kvtier_json(daemon, "health") == {"serving": True}

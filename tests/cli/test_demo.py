@@ -60,10 +60,12 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
 
 
 def test_other_settings_do_not_reach_the_demo() -> None:
-    kept = environment({"KVTIER_SOCKET": "/x", "KVTIER_NATIVE": "off", "PATH": "/bin"})
+    given = {"KVTIER_SOCKET": "/x", "KVTIER_NATIVE": "off", "PATH": "/bin"}
+    kept = environment(given, Path("/tmp/x"))
     assert "KVTIER_SOCKET" not in kept
     assert kept["KVTIER_NATIVE"] == "off"
     assert kept["HF_HUB_OFFLINE"] == "1"
+    assert kept["TMPDIR"] == "/tmp/x"
 
 
 def _of_this_demo(directory: Path) -> list[str]:
