@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum, StrEnum
 
@@ -259,6 +259,12 @@ class Keys:
         """The keys one by one."""
         size, packed = self.size, self.packed
         return [packed[start : start + size] for start in range(0, len(packed), size)]
+
+    def parts(self, count: int) -> Iterator[Keys]:
+        """The same keys in pieces of at most `count`, in order."""
+        step = count * self.size
+        for start in range(0, len(self.packed), step):
+            yield Keys(self.packed[start : start + step], self.size)
 
     def check_distinct(self) -> None:
         """Raises InvalidRequest when a key is given twice: a chain cannot hold one twice."""

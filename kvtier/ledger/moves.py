@@ -41,7 +41,6 @@ class Moves:
         self.by_target: dict[tuple[int, bytes, TierId], int] = {}
         # Slots that running demotions will free, by tier and (tenant, slot size).
         self._leaving: dict[tuple[TierId, str, int], int] = {}
-        self._leaving_bytes = dict.fromkeys(ledger.tiers, 0)
 
     # --- room
 
@@ -286,7 +285,6 @@ class Moves:
         tier, size = move.route.source, move.source_slot_bytes
         key = (tier, space.tenant, size)
         self._leaving[key] = self._leaving.get(key, 0) + sign * len(move.source_slots)
-        self._leaving_bytes[tier] += sign * len(move.source_slots) * size
 
     def promote(self, space: Namespace, spans: list[Span], count_max: int) -> list[Move]:
         """Moves that bring these blocks to the first tier, shallow ones first; as many as find
@@ -383,18 +381,13 @@ class Moves:
         and stored again.
         """
         source, shards = move.route.source, run.space.shards
-        if run.state[place] >> source & 1:
-            # A slot that a move reads is given to nobody else: the same slots are the same bytes,
-            # also when no checksum was taken yet (0: single-tenant trust).
-            if tuple(run.slots_of(place, source)) == move.source_slots:
-                checksums = run.checksums[place * shards : (place + 1) * shards]
-                return all(
-                    known in (0, label.checksum)
-                    for label, known in zip(move.labels, checksums, strict=True)
-                )
+        there = run.state[place] >> source & 1
+        # A slot that a move reads is given to nobody else: the same slots are the same bytes, also
+        # when no checksum was taken yet (0: single-tenant trust; the tier that wrote it took it).
+        same_slots = there and tuple(run.slots_of(place, source)) == move.source_slots
         checksums = run.checksums[place * shards : (place + 1) * shards]
         return all(
-            known and known == label.checksum
+            known == label.checksum or (same_slots and not known)
             for label, known in zip(move.labels, checksums, strict=True)
         )
 
