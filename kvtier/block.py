@@ -312,7 +312,8 @@ class SlotIO:
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
     """How a tier is cut: `count` segments of `size_bytes` each, slots aligned to `align`,
-    each slot with `header_bytes` in front of its payload."""
+    each slot with `header_bytes` in front of its payload.
+    """
 
     tier: TierId
     count: int
@@ -439,7 +440,8 @@ class LookupAnswer:
 @dataclass(frozen=True, slots=True)
 class ReserveGrant:
     """Room to write. `granted` are indexes into the keys asked for; keys before `covered_count`
-    were granted or are present already, keys from it on found no room."""
+    were granted or are present already, keys from it on found no room.
+    """
 
     reservation_id: int
     granted: tuple[int, ...]

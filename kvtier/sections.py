@@ -6,6 +6,7 @@ read files or environments (config).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass, field
@@ -74,6 +75,11 @@ class StateConfig:
     """What survives a restart."""
 
     dir: Path = field(metadata=about("Lock, slabs and catalogue.", shown="/var/lib/kvtier"))
+
+    @property
+    def memory_name(self) -> str:
+        """What memory of this directory's daemons is called in /proc, to tell it from others'."""
+        return hashlib.blake2b(os.fsencode(self.dir.resolve()), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

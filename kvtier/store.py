@@ -154,7 +154,8 @@ class Store:
 
     def _new_room(self) -> WriteRoom:
         size_bytes = self.keeper.config.limits.write_arena_bytes
-        return WriteRoom(Arena("write", size_bytes, writable=True, huge_pages="off"))
+        kind = f"{self.keeper.config.state.memory_name}-write"
+        return WriteRoom(Arena(kind, size_bytes, writable=True, huge_pages="off"))
 
     def _make_spare_room(self) -> None:
         """Prefaulting takes a tenth of a second: done ahead, off the loop, for the next client."""
@@ -410,7 +411,8 @@ class Store:
     def release(self, session: Session, lease_ids: Sequence[int]) -> int:
         """Lets go of leases this session took or joined; returns how many it held. The last
         holder's release ends a lease: a member that still reads keeps it. A session holds a lease
-        once, however often it joined."""
+        once, however often it joined.
+        """
         count = sum(self._let_go(session, lease_id) for lease_id in lease_ids)
         if count:
             self.keeper.progress.notify()

@@ -69,4 +69,4 @@ def space(client: Client, request: pytest.FixtureRequest) -> Space:
 @pytest.fixture
 def keys(request: pytest.FixtureRequest) -> list[bytes]:
     """Eight keys."""
-    return keys_of(request.node.name[-24:], 8)
+    return keys_of(request.node.name, 8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import select
@@ -43,7 +44,7 @@ START_S = 30.0
 
 def keys_of(seed: str, count: int) -> list[bytes]:
     """Distinct keys of 32 bytes."""
-    return [f"{seed}-{index}".encode().ljust(32, b".") for index in range(count)]
+    return [hashlib.sha256(f"{seed}-{index}".encode()).digest() for index in range(count)]
 
 
 def content(key: bytes, size_bytes: int = FORMAT.size_bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -108,9 +109,29 @@ def test_commands_exist() -> None:
 def test_every_command_is_named() -> None:
     from kvtier.cli.main import app
 
-    names = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    missing = {name for name in names if f"kvtier {name}" not in README}
+    missing = {
+        name for name in map(name_of, app.registered_commands) if f"kvtier {name}" not in README
+    }
     assert not missing
+
+
+def name_of(command: Any) -> str:
+    """What a person types."""
+    return str(command.name or command.callback.__name__.rpartition("_")[2])
+
+
+def test_all_but_two_commands_print_json() -> None:
+    from kvtier.cli.main import app, config_app
+
+    commands = {f"kvtier {name_of(c)}": c for c in app.registered_commands}
+    commands |= {f"kvtier config {name_of(c)}": c for c in config_app.registered_commands}
+    without = {
+        name
+        for name, command in commands.items()
+        if "as_json" not in inspect.signature(command.callback or name_of).parameters
+    }
+    assert without == {"kvtier serve", "kvtier config example"}
+    assert "All but `kvtier serve` and `kvtier config example` take `--json`." in README
 
 
 def test_the_two_commands_are_one_line_each() -> None:

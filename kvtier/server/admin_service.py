@@ -31,12 +31,11 @@ _PAGE_TOKEN_CHARACTERS_MAX = 128
 
 @dataclass(frozen=True, slots=True)
 class DaemonFacts:
-    """What Stat says beside the store's counts. `predecessor_bytes`: held by others at start."""
+    """What Stat says beside the store's counts."""
 
     pid: int
     trust: str
     grace_s: float
-    predecessor_bytes: int
 
 
 class AdminService:
@@ -168,7 +167,6 @@ def encode_counts(counts: StoreCounts, facts: DaemonFacts) -> admin_pb2.StatResp
         pid=facts.pid,
         trust=facts.trust,
         hit_ratio=counts.hit_ratio,
-        predecessor_bytes=max(counts.predecessor_bytes, facts.predecessor_bytes),
         **{name: getattr(counts, name) for name in _COUNTS},
     )
     for tier in counts.tiers:
@@ -215,6 +213,6 @@ def _namespace_stat(use: NamespaceUse) -> admin_pb2.NamespaceStat:
     )
 
 
-_FILLED_APART = {"tiers", "reasons", "sessions", "routes", "namespaces", "predecessor_bytes"}
+_FILLED_APART = {"tiers", "reasons", "sessions", "routes", "namespaces"}
 _COUNTS = tuple(name for name in StoreCounts.__slots__ if name not in _FILLED_APART)
 _TIER_COUNTS = tuple(name for name in TierUse.__slots__ if name != "tier")

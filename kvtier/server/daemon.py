@@ -94,6 +94,7 @@ async def serve(
 async def build_store(config: Config) -> Store:
     """The tiers of this configuration and the store on them. Memory is prefaulted off the loop."""
     from kvtier.tiers.dram import DramTier
+    from kvtier.tiers.slab import SLAB_RESERVED_BYTES
     from kvtier.tiers.ssd import SsdTier
 
     dram, ssd = config.tiers.dram, config.tiers.ssd
@@ -103,6 +104,7 @@ async def build_store(config: Config) -> Store:
         dram.segment_bytes,
         trust="single-tenant" if config.server.trust == "single-tenant" else "isolated",
         huge_pages=dram.huge_pages,
+        name=config.state.memory_name,
     )
     ssd_tier: SsdTier | None = None
     try:
@@ -111,7 +113,7 @@ async def build_store(config: Config) -> Store:
                 SsdTier,
                 config.state.dir / "ssd",
                 ssd.size_bytes // ssd.segment_bytes,
-                ssd.segment_bytes,
+                ssd.segment_bytes - SLAB_RESERVED_BYTES,  # a slab file is a segment's size
                 direct_io=ssd.direct_io,
                 min_free_bytes=ssd.min_free_bytes,
             )
@@ -156,9 +158,8 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._sessions = SessionServer(store, config, fatal=self.fatal)
-        facts = admin_service.DaemonFacts(
-            os.getpid(), config.server.trust, config.server.grace_s, predecessor_bytes
-        )
+        store.keeper.tally.predecessor_bytes = predecessor_bytes
+        facts = admin_service.DaemonFacts(os.getpid(), config.server.trust, config.server.grace_s)
         self._cache = cache_service.CacheService(store, self._sessions, self._border)
         self._admin = admin_service.AdminService(store, self._border, facts)
         await self._serve_grpc(sockets, CLIENT_SOCKET_MODE, self._cache.handlers())

@@ -20,8 +20,6 @@ from kvtier.units import format_bytes
 
 log = logging.getLogger("kvtier.daemon")
 
-_MEMFD_PREFIX = "kvtier-"
-
 
 def make_directories(state_dir: Path, sockets: Iterable[Path]) -> None:
     """The state directory (0700) and those of sockets (0750) exist; existing ones are left alone.
@@ -74,7 +72,8 @@ def check_memory(config: Config) -> int:
     Raises:
         DeviceUnavailable: the machine cannot give the DRAM tier's size; names who holds old memory.
     """
-    held = machine.memfd_bytes_held_by_others(_MEMFD_PREFIX, os.getpid())
+    prefix = f"kvtier-{config.state.memory_name}-"
+    held = machine.memfd_bytes_held_by_others(prefix, os.getpid())
     held_bytes = sum(size_bytes for _, size_bytes in held)
     if held:
         pids = ", ".join(str(pid) for pid, _ in held)

@@ -30,8 +30,9 @@ class DramTier:
     """Memory of `segment_count` arenas, all there and prefaulted once constructed.
 
     `trust="single-tenant"` makes the arenas writable for clients: bytes are committed where the
-    client wrote them (`checksum_in_place`). `progress(done, segment_count)` is called after each
-    arena, in order (about 0.3 s a GiB with small pages).
+    client wrote them (`checksum_in_place`). `name` tells the memory from other daemons' in /proc.
+    `progress(done, segment_count)` is called after each arena, in order (about 0.3 s a GiB with
+    small pages).
 
     Addresses given to `write` and `read` need no alignment and exactly `size_bytes` of room.
 
@@ -47,6 +48,7 @@ class DramTier:
         tier: TierId = TierId.DRAM,
         trust: Trust = "isolated",
         huge_pages: str = "auto",
+        name: str = "",
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         assert segment_bytes % PAGE_BYTES == 0
@@ -54,6 +56,7 @@ class DramTier:
         self.plan = SegmentPlan(tier, segment_count, segment_bytes)
         self.trust = trust
         self._huge_pages = huge_pages
+        self._kind = f"{name}-{tier.label}" if name else tier.label
         self._generations = itertools.count(1)
         self._lock = threading.Lock()
         self._counts = TierCounts()
@@ -69,8 +72,9 @@ class DramTier:
 
     def _new_arena(self) -> Arena:
         writable = self.trust == "single-tenant"
-        kind = self.plan.tier.label
-        return Arena(kind, self.plan.size_bytes, writable=writable, huge_pages=self._huge_pages)
+        return Arena(
+            self._kind, self.plan.size_bytes, writable=writable, huge_pages=self._huge_pages
+        )
 
     # --- where slots lie
 
