@@ -53,6 +53,7 @@ from kvtier.tally import (
     session_uses,
     tier_uses,
 )
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, Tier
 from kvtier.tiers.dram import DramTier
 from kvtier.tiers.ssd import SsdTier
@@ -127,6 +128,7 @@ class Keeper:
         self._unerased: list[Erasure] = []  # the tier failed: to be tried again
         self._sweeping: asyncio.Task[None] | None = None
         self._stopping = False
+        self._broken: BaseException | None = None
         self._epochs = threading.Lock()
         self._registered: set[bytes] = set()
         self._closed_until_s: dict[TierId, float] = {}
@@ -207,6 +209,11 @@ class Keeper:
         self._woken.set()
         self.progress.notify()
 
+    def stop_by(self, bug: BaseException) -> None:
+        """Ends the tending task, and so the daemon: the books cannot be believed any longer."""
+        self._broken = self._broken or bug
+        self.wake()
+
     async def _tend(self) -> None:
         tick_at_s = self.now_s() + _TICK_S
         while True:
@@ -215,8 +222,9 @@ class Keeper:
                 async with asyncio.timeout(max(0.0, tick_at_s - self.now_s())):
                     await self._woken.wait()
             self._woken.clear()
-            if self.mover.broken is not None:
-                raise self.mover.broken
+            broken = self._broken or self.mover.broken
+            if broken is not None:
+                raise broken
             if self.now_s() >= tick_at_s:
                 tick_at_s = self.now_s() + _TICK_S
                 self._tick()
@@ -354,7 +362,9 @@ class Keeper:
         """Records first, then the slots are free. In order: a slot written anew is never erased."""
         # In a task of its own: its caller may be cancelled, but a slot whose record a thread is
         # erasing must not be written meanwhile.
-        await asyncio.shield(asyncio.get_running_loop().create_task(self._erase_in_turn()))
+        work = asyncio.get_running_loop().create_task(self._erase_in_turn())
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(work)
 
     async def _erase_in_turn(self) -> None:
         """What fails is kept, its slots with it, and tried again: it must not come back at a
@@ -381,7 +391,9 @@ class Keeper:
     async def _erase(self, erasures: list[Erasure], wipe: bool) -> None:
         assert self.ssd is not None
         records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
+        reach("erase.begin")
         await self.in_thread(functools.partial(self.ssd.erase, records, durable=wipe))
+        reach("erase.done")
         self.ledger.erased(erasures)
         self.progress.notify()
 
@@ -412,8 +424,10 @@ class Keeper:
         """Worker thread. Registered or not: a first batch may be registering the old epoch now."""
         with self._epochs:  # of two clears at once the later epoch is written last
             epoch = space.epoch
+            reach("epoch.begin")
             ssd.register_namespace(space.digest, space.spec.to_json(), epoch)
             ssd.set_epoch(space.digest, epoch)
+            reach("epoch.done")
             self._registered.add(space.digest)
 
     # --- durability

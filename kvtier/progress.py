@@ -79,8 +79,8 @@ class EventRing:
         following = from_revision or self.revision + 1
         if following > self.revision + 1:
             # A revision of an earlier life of the daemon: what it saw since is not known.
-            yield Event(self.revision, EventKind.COMPACTED, namespace_id)
             following = self.revision + 1
+            yield Event(self.revision, EventKind.COMPACTED, namespace_id)
         while True:
             oldest = self._events[0].revision if self._events else self.revision + 1
             if following < oldest:

@@ -582,20 +582,28 @@ class Store:
                 "stored; reserve again"
             )
         if filled.ready:
-            first = next(entry for entry in entries if entry.key == filled.ready[0])
             self.keeper.tally.stored_blocks += len(filled.ready)
-            self.keeper.events.add(
-                EventKind.STORED,
-                space,
-                keys=filled.ready,
-                tier=self._ledger.top,
-                parent=first.parent,
-            )
+            self._tell_stored(space, entries, filled.ready)
         self.keeper.tally.written_bytes += len(entries) * space.shard_bytes
         self.keeper.wake()
         if durable:
             await self.keeper.make_durable(space, [entry.key for entry in entries])
         return CommitResult(len(filled.ready), filled.duplicate_count, filled.partial_count)
+
+    def _tell_stored(self, space: Namespace, entries: list[Entry], ready: list[bytes]) -> None:
+        """One event for each stretch: the keys of an event follow one another in a chain."""
+        parent_of = {entry.key: entry.parent for entry in entries}
+        start = 0
+        for end in range(1, len(ready) + 1):
+            if end == len(ready) or parent_of[ready[end]] != ready[end - 1]:
+                self.keeper.events.add(
+                    EventKind.STORED,
+                    space,
+                    keys=ready[start:end],
+                    tier=self._ledger.top,
+                    parent=parent_of[ready[start]],
+                )
+                start = end
 
     async def _copy_in(
         self, session: Session, reservation: Reservation, entries: list[Entry]
@@ -743,8 +751,15 @@ class Store:
     def _run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._look_for_a_bug)
         return task
+
+    def _look_for_a_bug(self, task: asyncio.Task[Any]) -> None:
+        """Its caller may be gone: an error of operation is then nobody's, a bug is everybody's."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, KvTierError):
+            self.keeper.stop_by(error)
 
     def __repr__(self) -> str:
         return f"<Store {len(self._sessions)} sessions, {self._ledger!r}, {self.keeper.mover!r}>"

@@ -157,7 +157,8 @@ class Daemon:
     """`python -m kvtier serve` (or `command`) on a short directory of its own.
 
     Keywords are sections (`server`, `limits`, `dram`, `ssd`) whose keys differ from the tests'
-    configuration; `more` is TOML text after them. The directory goes with `close`, unless given.
+    configuration; `more` is TOML text after them; FOLDER is its directory there. That goes with
+    `close`, unless given.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class Daemon:
             f"[{name}]\n" + "".join(f"{key} = {json.dumps(v)}\n" for key, v in values.items())
             for name, values in known.items()
         ]
-        self.config_path.write_text("\n".join([*lines, more]))
+        self.config_path.write_text("\n".join([*lines, more]).replace("FOLDER", str(self.folder)))
 
     # --- its life
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from kvtier.client.keys import KeysLike, packed_keys
-from kvtier.client.link import CHANNEL_OPTIONS, socket_path
+from kvtier.client.link import CHANNEL_OPTIONS, channel_target, socket_path
 from kvtier.client.steps import call_error, call_failures
 from kvtier.config import default_socket
 from kvtier.v1 import admin_pb2
@@ -42,7 +42,7 @@ class AdminClient:
             else socket_path(address)
         )
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(channel_target(self.socket), options=CHANNEL_OPTIONS)
         self._stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def stat(self, namespaces_max: int = 0) -> admin_pb2.StatResponse:

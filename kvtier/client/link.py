@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from kvtier import wire
 from kvtier.block import NamespaceSpec
@@ -277,7 +278,7 @@ class Linker:
             link = self._link
             if link is None or link.session is not session:
                 session.run_background = self._run_background
-                link = Link(session, *self._open_channel(f"unix:{self.options.socket}"))
+                link = Link(session, *self._open_channel(channel_target(self.options.socket)))
                 self._link, self._failure, self._delay_s = link, None, RETRY_MIN_S
             return link
 
@@ -305,6 +306,11 @@ class Linker:
         if before_s is None or (not once and now_s - before_s >= LOG_INTERVAL_S):
             self._logged_s[error.reason] = now_s
             _log.warning("kvtier lookups miss: %s: %s", error.reason, error)
+
+
+def channel_target(socket: Path) -> str:
+    """The socket as gRPC wants it: it decodes percent signs."""
+    return f"unix:{quote(str(socket))}"
 
 
 def socket_path(address: str | os.PathLike[str] | None) -> Path:

@@ -23,6 +23,7 @@ from typing import Protocol, cast
 
 from kvtier.block import Move, Route, SlotIO, TierId
 from kvtier.errors import DaemonUnavailable, KvTierError, TierFailed
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import Tier
 from kvtier.units import MIB
 
@@ -174,11 +175,13 @@ class Mover:
     def _work(self, route: Route, batch: list[Move], items: list[SlotIO]) -> None:
         """Worker thread."""
         try:
+            reach("move.begin")
             if self._is_memory(route.source):
                 self._before_write(batch)
                 self._tiers[route.target].write(items)
             else:
                 self._tiers[route.source].read(items)
+            reach("move.written")
         except KvTierError as error:
             for item in items:
                 item.error = error

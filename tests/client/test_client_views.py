@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from conftest import FORMAT
-from fake_daemon import FakeDaemon
+from daemons import (
+    FORMAT,
+    LARGE,
+    SMALL_DRAM,
+    Daemon,
+    content,
+    eventually,
+    eventually_async,
+    fill,
+    holds,
+    keys_of,
+    stored,
+)
 
 from kvtier.client import AsyncClient, Client, Space
-from kvtier.errors import InvalidRequest, LeaseLost
+from kvtier.errors import InvalidRequest, LeaseLost, TierFull
 
-Eventually = Callable[[Callable[[], object]], None]
-
-
-@pytest.fixture
-def client(daemon: FakeDaemon) -> Iterator[Client]:
-    with Client(daemon.path, deadline_s=2) as client:
-        yield client
+Start = Callable[..., Daemon]
 
 
-@pytest.fixture
-def space(client: Client, keys: list[bytes], payload: dict[bytes, bytes]) -> Space:
-    space = client.open_namespace(model="m", format=FORMAT)
-
-    def fill(block) -> None:  # type: ignore[no-untyped-def]
-        block.view[:] = payload[block.key]
-
-    space.store(keys, fill)
-    return space
-
-
-def slot_start(daemon: FakeDaemon, namespace_id: int, key: bytes) -> int:
-    arena = daemon.arenas[namespace_id]
-    return arena.base_offset + daemon.blocks[namespace_id, key] * FORMAT.size_bytes
+def mapping_of(address: int) -> tuple[str, str]:
+    """Rights and name of the mapping of this process that an address lies in."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        first, last = (int(number, 16) for number in fields[0].split("-"))
+        if first <= address < last:
+            return fields[1], fields[5] if len(fields) > 5 else ""
+    raise AssertionError("no mapping")
 
 
-def test_views_are_read_only_and_zero_copy(
-    daemon: FakeDaemon, space: Space, keys: list[bytes]
-) -> None:
-    with space.lease(keys) as lease:
+def test_views_are_read_only_and_zero_copy(space: Space, keys: list[bytes]) -> None:
+    numpy = pytest.importorskip("numpy")
+    stored(space, keys)
+    with space.lease(keys) as lease, space.lease(keys) as again:
         views = lease.views
         assert len(views) == 8
         view = views[2]
@@ -50,142 +52,154 @@ def test_views_are_read_only_and_zero_copy(
         assert (view.nbytes, view.format, view.contiguous) == (FORMAT.size_bytes, "B", True)
         with pytest.raises(TypeError):
             view[0] = 1
-        # What the daemon writes there now is what the view shows: no copy was made.
-        daemon.arenas[space.namespace_id]._map[slot_start(daemon, space.namespace_id, keys[2])] = 99
-        assert view[0] == 99
-        assert views[-1] == lease.view(7)
+        # It is the daemon's memory, mapped read-only, and the same for all leases of the block.
+        addresses = [numpy.frombuffer(v, numpy.uint8).ctypes.data for v in (view, again.views[2])]
+        assert addresses[0] == addresses[1]
+        rights, name = mapping_of(addresses[0])
+        assert rights == "r--s"
+        assert re.search("memfd:kvtier", name)
+        assert views[-1] == lease.view(7) == content(keys[7])
         assert [bytes(v) for v in views[1:2]] == [bytes(lease.view(1))]
+        del view
         with pytest.raises(InvalidRequest):
             lease.view(8)
         with pytest.raises(IndexError):
             views[8]
+        del views
 
 
 def test_numpy_array_outlives_the_with_block(
-    daemon: FakeDaemon, space: Space, keys: list[bytes], eventually: Eventually
+    daemon: Daemon, space: Space, keys: list[bytes]
 ) -> None:
     numpy = pytest.importorskip("numpy")
-    with space.lease(keys) as lease:
+    with stored(space, keys).lease(keys) as lease:
         array = numpy.frombuffer(lease.view(0), numpy.uint8)[1:].reshape(-1, 1)
     assert not array.flags.writeable
-    time.sleep(0.05)
-    assert lease.lease_id in daemon.leases
+    assert space.lookup(keys).block_count == 8  # a call after leaving: a release would be done
+    assert daemon.held() == (1, 0, 1)
     lease.check()
     with pytest.raises(LeaseLost, match="released"):
         _ = lease.views
-    assert (array == 1).all()
+    assert array.tobytes() == content(keys[0])[1:]
 
     del array
-    eventually(lambda: not daemon.leases)
+    eventually(lambda: daemon.held() == (0, 0, 1))
     with pytest.raises(LeaseLost, match="released"):
         lease.check()
 
 
 def test_torch_tensor_outlives_the_with_block(
-    daemon: FakeDaemon, space: Space, keys: list[bytes], eventually: Eventually
+    daemon: Daemon, space: Space, keys: list[bytes]
 ) -> None:
     torch = pytest.importorskip("torch")
-    with space.lease(keys) as lease, warnings.catch_warnings():
+    with stored(space, keys).lease(keys) as lease, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no read-only tensors and says so
         view = lease.view(1)
         tensor = torch.frombuffer(view, dtype=torch.uint8).view(2, -1)[1]
         del view
-    time.sleep(0.05)
-    assert lease.lease_id in daemon.leases
-    assert bool((tensor == 2).all())
+    assert space.lookup(keys).block_count == 8
+    assert daemon.held() == (1, 0, 1)
+    assert bytes(tensor.tolist()) == content(keys[1])[FORMAT.size_bytes // 2 :]
 
     del tensor
     gc.collect()
-    eventually(lambda: not daemon.leases)
+    eventually(lambda: daemon.held() == (0, 0, 1))
 
 
 async def test_asyncio_lease_is_released_with_its_last_array(
-    daemon: FakeDaemon, space: Space, keys: list[bytes]
+    daemon: Daemon, keys: list[bytes]
 ) -> None:
-    import asyncio
-
-    async with AsyncClient(daemon.path) as client:
-        theirs = await client.open_namespace(model="m", format=FORMAT)
-        async with theirs.lease(keys) as lease:
+    with Client(daemon.socket) as client:
+        stored(client.open_namespace(model="async views", format=FORMAT), keys)
+    async with AsyncClient(daemon.socket) as client:
+        space = await client.open_namespace(model="async views", format=FORMAT)
+        async with space.lease(keys) as lease:
             view = lease.view(0)
-        assert lease.lease_id in daemon.leases
+        await space.lookup(keys)
+        await eventually_async(lambda: daemon.held() == (1, 0, 1))
+        assert bytes(view) == content(keys[0])
         del view
-        for _ in range(200):
-            await asyncio.sleep(0.01)
-            if not daemon.leases:
-                break
-        assert not daemon.leases
+        await eventually_async(lambda: daemon.held() == (0, 0, 1))
 
 
-def test_dropped_lease_is_released(
-    daemon: FakeDaemon, space: Space, keys: list[bytes], eventually: Eventually
-) -> None:
-    lease = space.lease(keys)
-    assert daemon.leases
+def test_dropped_lease_is_released(daemon: Daemon, space: Space, keys: list[bytes]) -> None:
+    lease = stored(space, keys).lease(keys)
+    assert daemon.held() == (1, 0, 1)
     del lease
-    eventually(lambda: not daemon.leases)
-    daemon.below = {keys[0]}
-    lease = space.lookup(keys, lease=True).lease  # never waited for: no views, no mapping
-    assert daemon.leases
-    del lease
-    eventually(lambda: not daemon.leases)
+    eventually(lambda: daemon.held() == (0, 0, 1))
 
 
-def test_closing_the_client_waits_for_the_last_array(
-    daemon: FakeDaemon, keys: list[bytes], payload: dict[bytes, bytes], eventually: Eventually
-) -> None:
-    with Client(daemon.path, deadline_s=2) as client:
-        space = client.open_namespace(model="m", format=FORMAT)
-        space.store(keys, lambda block: block.view.__setitem__(slice(None), payload[block.key]))
+def test_closing_the_client_waits_for_the_last_array(daemon: Daemon, keys: list[bytes]) -> None:
+    with Client(daemon.socket) as client:
+        space = stored(client.open_namespace(model="closing", format=FORMAT), keys)
         with space.lease(keys) as lease:
             view = lease.view(3)
-    time.sleep(0.05)
-    assert len(daemon.sessions) == 1
-    assert lease.lease_id in daemon.leases
-    assert bytes(view) == payload[keys[3]]
+    with Client(daemon.socket) as other:  # a handshake later the daemon would know of the end
+        other.open_namespace(model="closing", format=FORMAT)
+        assert daemon.held() == (1, 0, 2)
+    assert bytes(view) == content(keys[3])
+    lease.check()
 
     del view
-    eventually(lambda: not daemon.sessions)
+    eventually(lambda: daemon.held() == (0, 0, 0))
 
 
-def test_lease_taken_back(daemon: FakeDaemon, space: Space, keys: list[bytes]) -> None:
-    other, lease = space.lease(keys[4:]), space.lease(keys[:4])
-    lease.check()
-    daemon.take_back(space.namespace_id, keys[2])
-    other.check()  # another slot of the same arena: this lease stands
-    with pytest.raises(LeaseLost, match="took the lease back"):
+def test_lease_taken_back(start: Start) -> None:
+    """Everything is leased, room is wanted, and leases are older than `lease_ttl_s`."""
+    ttl_s = 3.0
+    daemon = start(dram=SMALL_DRAM, limits={"lease_ttl_s": ttl_s, "block_bytes_max": "1MiB"})
+    keys = keys_of("taken", 20)
+    with Client(daemon.socket, deadline_s=5) as client:
+        space = stored(client.open_namespace(model="m", format=LARGE), keys[:16])
+        old = [space.lease(keys[first : first + 1]) for first in range(16)]
+        view = old[3].views[0]
+        eventually(lambda: daemon.stat().lease_oldest_s >= ttl_s)
+        young = space.lease(keys[5:6])
+        young.check()
+        with space.reserve(keys[16:17], parent=keys[15]) as reservation:  # waits for the room
+            assert len(reservation) == 1
+            fill(reservation.blocks[0])
+            reservation.commit()
+        assert daemon.stat().leases_revoked == 16
+        young.check()
+        with pytest.raises(LeaseLost, match="took the lease back"):
+            old[3].check()
+        with pytest.raises(LeaseLost, match="took the lease back"), old[4]:
+            pass
+        with pytest.raises(ZeroDivisionError), old[6]:  # the error of the body is not hidden
+            _ = 1 // 0
+        del view, old
+        # A lease made after it names the new generation: it stands. And nothing was lost.
+        with space.lease(keys[:1]) as lease:
+            assert bytes(lease.view(0)) == content(keys[0], LARGE.size_bytes)
+            lease.check()
+        young.release()
+        assert all(holds(space, [key]) for key in keys[:17])
+
+
+def test_withdrawn_arena_is_returned_when_its_last_view_is_gone(start: Start) -> None:
+    """Memory goes to another tenant as whole arenas, once no view of the first one is left."""
+    daemon = start(
+        dram=SMALL_DRAM | {"segment_bytes": "4MiB"},  # one arena in all
+        more=f'[[tenants]]\nname = "a"\nuids = [{os.getuid()}]\n'
+        '[[tenants]]\nname = "b"\nsocket = "FOLDER/b.sock"\n',
+    )
+    own = daemon.folder / "b.sock"
+    keys = keys_of("withdrawn", 4)
+    with Client(daemon.socket, deadline_s=5) as a, Client(own, deadline_s=5) as b:
+        space = stored(a.open_namespace(model="m", format=LARGE), keys)
+        with space.lease(keys) as lease:
+            view = lease.view(0)
+        assert space.evict(keys) == 4
+        theirs = b.open_namespace(model="m", format=LARGE)
+        with pytest.raises(TierFull):
+            theirs.store(keys, fill, timeout_s=0.6)
+        assert bytes(view) == content(keys[0], LARGE.size_bytes)
         lease.check()
-    with pytest.raises(LeaseLost, match="took the lease back"), lease:
-        pass
-    assert list(daemon.leases) == [other.lease_id]
-    # A lease made after it names the new generation: it stands.
-    with space.lease(keys) as lease:
-        lease.check()
-
-
-def test_error_in_the_body_is_not_hidden(
-    daemon: FakeDaemon, space: Space, keys: list[bytes]
-) -> None:
-    lease = space.lease(keys)
-    daemon.take_back(space.namespace_id, keys[0])
-    with pytest.raises(ZeroDivisionError), lease:
-        _ = 1 // 0
-    assert not daemon.leases
-
-
-def test_withdrawn_arena_is_returned_when_its_last_view_is_gone(
-    daemon: FakeDaemon, space: Space, keys: list[bytes], eventually: Eventually
-) -> None:
-    (session,) = daemon.sessions.values()
-    with space.lease(keys) as lease:
-        view = lease.view(0)
-        arena_id = daemon.withdraw(space.namespace_id)
-        time.sleep(0.05)
-        assert session.returned == []
-        assert view[0] == 1
-        del view
-    del lease
-    eventually(lambda: session.returned == [arena_id])
+        del view, lease
+        stored(theirs, keys)
+        assert holds(theirs, keys)
+        assert space.lookup(keys).block_count == 0
 
 
 def test_lease_of_nothing(space: Space) -> None:
@@ -196,11 +210,9 @@ def test_lease_of_nothing(space: Space) -> None:
         lease.check()
 
 
-def test_arena_that_never_comes(
-    daemon: FakeDaemon, space: Space, keys: list[bytes], eventually: Eventually
-) -> None:
-    daemon.silent_arenas = True
-    found = space.lookup(keys, lease=True)
-    assert found.lease is None
-    assert found.reason == "daemon_down"
-    eventually(lambda: not daemon.leases)
+def test_a_view_costs_no_call(daemon: Daemon, space: Space, keys: list[bytes]) -> None:
+    with stored(space, keys).lease(keys) as lease, daemon.stopped():
+        began_s = time.monotonic()
+        assert [bytes(view) for view in lease.views] == [content(key) for key in keys]
+        lease.check()
+        assert time.monotonic() - began_s < 1
