@@ -25,7 +25,7 @@ from bench.machine import describe
 from bench.row import Row, table
 
 BENCHES: Final = (
-    "rpc", "lookup", "lease", "load", "copy", "store", "ssd", "ledger", "idle", "restart",
+    "lookup", "lease", "load", "copy", "store", "ssd", "ledger", "rpc", "idle", "restart",
 )  # fmt: skip
 RESULTS: Final = Path(__file__).parent / "results"
 

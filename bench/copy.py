@@ -23,7 +23,7 @@ BLOCKS: Final = 64
 
 def run(*, quick: bool) -> list[Row]:
     """GB/s from leased views; the first time (page faults of the mapping included) and hot."""
-    repeats, blocks = (2, 4) if quick else (15, BLOCKS)
+    repeats, blocks = (2, 4) if quick else (12, BLOCKS)
     size_bytes = blocks * BLOCK_BYTES
     keys = chain(0, blocks)
     target, source = Buffer(size_bytes), Buffer(size_bytes)

@@ -27,7 +27,7 @@ _BARE: Final = "/bare.Bare/Nothing"
 
 def run(*, quick: bool) -> list[Row]:
     """p50 and p99 of Release of no leases and of the health check, both kinds of client."""
-    rounds, calls = (2, 100) if quick else (7, 1000)
+    rounds, calls = (2, 100) if quick else (30, 150)
     with Daemon(Setup(dram_bytes=32 * MIB)) as daemon:
         bare = daemon.directory / "bare.sock"
         server = _start_bare(bare)

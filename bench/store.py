@@ -54,7 +54,7 @@ def run(*, quick: bool) -> list[Row]:
 def _batch(space: Space, source: Buffer, blocks: int, number: int) -> tuple[float, float, float]:
     """Seconds of reserve, fill and commit of a chain nobody stored before."""
     keys = chain(number, blocks, salt="store")
-    wait_until_quiet(1.0)
+    wait_until_quiet(0.2)
     start_s = time.perf_counter()
     with space.reserve(keys) as reservation:
         reserved_s = time.perf_counter()

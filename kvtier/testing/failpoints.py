@@ -29,7 +29,7 @@ def reach(name: str) -> None:
 
 
 def _die() -> None:
-    global _left  # noqa: PLW0603
+    global _left
     _left -= 1
     if _left <= 0:
         os.kill(os.getpid(), signal.SIGKILL)

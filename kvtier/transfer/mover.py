@@ -14,6 +14,7 @@ Does not: decide (the ledger planned) or keep books (the store tells the ledger)
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ class Mover:
         self._batch_moves_max = batch_moves_max
         self._batch_bytes_max = batch_bytes_max
         self._queues: dict[Route, deque[Move]] = {}
-        self._batches: set[asyncio.Task[None]] = set()
+        self._batches: set[asyncio.Future[None]] = set()
         self._running: dict[Route, int] = {}
         self._busy_since: dict[Route, float] = {}
         self._closing = False
@@ -114,9 +115,13 @@ class Mover:
             counts = self.counts[route]
             counts.queued -= len(batch)
             counts.in_flight += len(batch)
-            task = asyncio.get_running_loop().create_task(self._run(route, batch))
-            self._batches.add(task)
-            task.add_done_callback(self._batches.discard)
+            items, owners = self._items(route, batch)
+            job = asyncio.get_running_loop().run_in_executor(
+                self._executor, self._work, route, batch, items
+            )
+            self._batches.add(job)
+            # Not a task: nobody can cancel it, and its slots are not ours until the thread is done.
+            job.add_done_callback(functools.partial(self._ended, route, batch, items, owners))
 
     def _next_batch(self, queue: deque[Move]) -> list[Move]:
         batch: list[Move] = []
@@ -129,19 +134,23 @@ class Mover:
             batch.append(move)
         return batch
 
-    async def _run(self, route: Route, batch: list[Move]) -> None:
-        items, owners = self._items(route, batch)
-        loop = asyncio.get_running_loop()
-        job = loop.run_in_executor(self._executor, self._work, route, batch, items)
+    def _ended(
+        self,
+        route: Route,
+        batch: list[Move],
+        items: list[SlotIO],
+        owners: list[int],
+        job: asyncio.Future[None],
+    ) -> None:
+        self._batches.discard(job)
+        self._look_for_damage(job, items)
         try:
-            await asyncio.shield(asyncio.wait([job]))
-        finally:
-            # A cancelled batch is still being written or read: its slots are not ours until then.
-            if not job.done():
-                await asyncio.wait([job])
-            self._look_for_damage(job, items)
             self._finish(route, batch, items, owners)
-            self._start(route)
+        except AssertionError as bug:  # InvariantViolated is one
+            # Nobody awaits a callback: the one who watches `broken` must hear of it.
+            self.broken = self.broken or bug
+        self._after_batch()
+        self._start(route)
 
     def _look_for_damage(self, job: asyncio.Future[None], items: list[SlotIO]) -> None:
         """Of a job that ended by a bug nothing is known: none of its moves may count as done."""
@@ -204,7 +213,6 @@ class Mover:
             counts.move_count += 1
             counts.failed_count += bool(failures)
             self._report(move, failures)
-        self._after_batch()
 
     @property
     def is_idle(self) -> bool:

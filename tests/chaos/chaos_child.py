@@ -57,8 +57,9 @@ async def work(node: Node, rng: random.Random, name: str, life: int) -> None:
     space = node.space(who, name)
     mine: list[str] = []
     number = 0
+    clears = 0.0 if os.environ.get("KVTIER_CHAOS_PLANT") else 0.6
     while True:
-        action = rng.choices(("put", "durable", "evict", "read", "clear"), (4, 3, 2, 2, 0.3))[0]
+        action = rng.choices(("put", "durable", "evict", "read", "clear"), (4, 3, 2, 2, clears))[0]
         one = rng.choice(mine) if mine else ""
         if action in ("put", "durable"):
             one = f"{name}-{life}-{number}"
@@ -104,7 +105,7 @@ def plant(node: Node, what: str) -> None:
 
 async def main() -> None:
     directory, seed, life = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    oracle = json.loads(Path(sys.argv[4]).read_text())
+    oracle = json.loads(Path(sys.argv[4]).read_text())  # noqa: ASYNC240
     node = Node(directory, ssd_blocks=16384)
     planted = os.environ.get("KVTIER_CHAOS_PLANT", "")
     if planted == "flip":

@@ -17,7 +17,7 @@ from kvtier.ledger import filling, moves, search
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.chains import Chains
 from kvtier.ledger.ledger import Ledger
-from tests.model.machine import LedgerMachine
+from machine import LedgerMachine, walk
 
 QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 EXAMPLES = int(os.environ.get("KVTIER_MODEL_EXAMPLES", "0"))
@@ -44,6 +44,16 @@ def run_machine(examples: int, *, steps: int, shrink: bool) -> None:
 @pytest.mark.timeout(0 if EXAMPLES else 240)
 def test_the_ledger_is_the_model() -> None:
     run_machine(EXAMPLES or 200, steps=40, shrink=True)
+
+
+@pytest.mark.timeout(0 if EXAMPLES else 240)
+def test_random_walks_of_the_ledger() -> None:
+    for seed in range(EXAMPLES or 400):
+        try:
+            walk(seed, steps=80)
+        except Exception as error:
+            error.add_note(f"walk(seed={seed}, steps=80)")
+            raise
 
 
 # --- the harness must fail where the ledger is wrong
@@ -178,5 +188,6 @@ def test_a_planted_bug_is_caught(
 ) -> None:
     plant(monkeypatch)
 
-    with pytest.raises((AssertionError, KeyError, ExceptionGroup)):
-        run_machine(600, steps=40, shrink=False)
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        for seed in range(2000):
+            walk(seed, steps=60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import stat
@@ -11,20 +13,33 @@ from pathlib import Path
 
 import grpc
 import pytest
-from daemons import Running, config_text, open_namespace, wait_until
+from daemons import FORMAT, Daemon, eventually, holds, keys_of, stored
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvtier.v1 import admin_pb2, cache_pb2
+from kvtier.block import TierId, TierRun
+from kvtier.client import Client, Space
+from kvtier.client.admin import AdminClient
+from kvtier.errors import AlreadyRunning, DeviceUnavailable, InvalidRequest
+from kvtier.v1 import cache_pb2
 
-Start = Callable[..., Running]
+Start = Callable[..., Daemon]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+KEYS = keys_of("daemon", 8)
+ODD = (str(Path(__file__).with_name("odd_daemon.py")),)
 
 
-def health(daemon: Running, service: str) -> int:
+def health(daemon: Daemon, service: str) -> int:
     stub = health_pb2_grpc.HealthStub(daemon.channel())
     return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
 
 
-def test_modes_health_and_clean_stop(daemon: Running) -> None:
+def opened(client: Client, model: str = "m") -> Space:
+    return client.open_namespace(model=model, format=FORMAT)
+
+
+def test_modes_health_and_clean_stop(start: Start) -> None:
+    daemon = start()
     modes = {
         path.name: stat.S_IMODE(path.stat().st_mode)
         for path in daemon.folder.iterdir()
@@ -37,7 +52,7 @@ def test_modes_health_and_clean_stop(daemon: Running) -> None:
         "state": 0o700,
     }
     for service in ("", "kvtier.v1.CacheService", "kvtier.v1.AdminService"):
-        assert health(daemon, service) == health_pb2.HealthCheckResponse.SERVING
+        assert health(daemon, service) == SERVING
     attached = daemon.attach()
     assert daemon.stop() == 0
     assert attached.ended()
@@ -46,112 +61,144 @@ def test_modes_health_and_clean_stop(daemon: Running) -> None:
     assert left == {"state", "config.toml", "log"}
 
 
-def test_a_watch_does_not_delay_the_stop(daemon: Running) -> None:
-    token = daemon.attach().token
-    space = open_namespace(daemon, token)
-    request = cache_pb2.WatchRequest(session_token=token, namespace_id=space)
-    next(daemon.cache().Watch(request))
-    assert daemon.stop() == 0
+def test_a_clean_stop_keeps_everything(start: Start) -> None:
+    """SIGTERM with a lease, a reservation and a watch open: 0, not serving, all of it on SSD."""
+    daemon = start()
+    statuses = health_pb2_grpc.HealthStub(daemon.channel()).Watch(health_pb2.HealthCheckRequest())
+    assert next(statuses).status == SERVING
+    with Client(daemon.socket, deadline_s=5) as client:
+        space = stored(opened(client), KEYS)
+        lease = space.lease(KEYS)
+        reservation = space.reserve(keys_of("never committed", 2))
+        events = space.watch(1)
+        next(events)
+        daemon.signal(signal.SIGTERM)
+        assert next(statuses).status == NOT_SERVING
+        statuses.cancel()
+        assert daemon.process.wait(20) == 0
+        events.close()  # type: ignore[attr-defined]
+        assert not client.linked
+        del lease, reservation
+    daemon.start()
+    assert daemon.stat().recovered_blocks == len(KEYS)
+    with Client(daemon.socket, deadline_s=5) as client:
+        space = opened(client)
+        assert space.lookup(KEYS).runs == (TierRun(TierId.SSD, len(KEYS)),)
+        assert holds(space, KEYS)
+        assert space.lookup(keys_of("never committed", 2)).block_count == 0
 
 
 def test_a_second_daemon_disturbs_nothing(start: Start) -> None:
     first = start()
-    token = first.attach().token
-    second = start(folder=first.folder, ready=False)
-    assert second.process.wait(10) == 6
-    assert f"pid {first.process.pid}" in second.log
-    assert open_namespace(first, token)
-    assert first.attach().token
+    with Client(first.socket, deadline_s=5) as client:
+        space = stored(opened(client), KEYS)
+        with space.lease(KEYS) as lease:
+            second = start(first.folder, ready=False)
+            assert second.process.wait(20) == AlreadyRunning.exit_status
+            assert f"pid {first.process.pid} uses" in second.log
+            assert "set another state.dir" in second.log
+            lease.check()
+        assert holds(space, KEYS)
+        assert first.attach().token
 
 
-def test_a_second_daemon_on_the_same_socket(start: Start, tmp_path: Path) -> None:
+def test_a_second_daemon_on_the_same_socket(start: Start) -> None:
     first = start()
-    other = start(ready=False, socket=str(first.socket))
-    assert other.process.wait(10) == 6
+    other = start(ready=False, server={"socket": str(first.socket)})
+    assert other.process.wait(20) == AlreadyRunning.exit_status
     assert f"listens on {first.socket}" in other.log
-    assert open_namespace(first, first.attach().token)
+    assert first.open_namespace(first.attach().token)
 
 
 def test_a_start_after_a_kill(start: Start) -> None:
-    first = start()
-    first.process.kill()
-    first.process.wait()
-    assert first.socket.exists()
-    second = start(folder=first.folder)
-    assert wait_until(lambda: second.log.count("daemon.ready") == 2, 10)
-    assert open_namespace(second, second.attach().token)
+    daemon = start()
+    with Client(daemon.socket, deadline_s=5) as client:
+        stored(opened(client), KEYS, durable=True)
+        daemon.kill()
+        assert daemon.socket.exists()
+        daemon.start()
+        eventually(lambda: holds(opened(client), KEYS))
 
 
 def test_a_second_sigterm_ends_it_at_once(start: Start) -> None:
-    daemon = start("60")
-    daemon.process.send_signal(signal.SIGTERM)
-    daemon.wait_for_log("daemon.stopping")
-    daemon.process.send_signal(signal.SIGTERM)
+    daemon = start(server={"grace_s": 60.0})
+    # Somebody who watches its health keeps a stop from ending before half of the grace is over.
+    statuses = health_pb2_grpc.HealthStub(daemon.channel()).Watch(health_pb2.HealthCheckRequest())
+    assert next(statuses).status == SERVING
+    daemon.signal(signal.SIGTERM)
+    assert next(statuses).status == NOT_SERVING
+    daemon.signal(signal.SIGTERM)
     assert daemon.process.wait(5) == 128 + signal.SIGTERM
-
-
-def test_stopping_is_not_serving(start: Start) -> None:
-    daemon = start("1")
-    channel = daemon.channel()
-    statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-    assert next(statuses).status == health_pb2.HealthCheckResponse.SERVING
-    daemon.process.send_signal(signal.SIGTERM)
-    assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
     statuses.cancel()
-    assert daemon.process.wait(10) == 0
 
 
-def test_reload(daemon: Running) -> None:
-    good = config_text(daemon.folder)
-    daemon.config_path.write_text(good.replace("[server]", "[server]\nsocketz = 3"))
-    daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_for_log("config.refused")
-    assert "socketz" in daemon.log
-    assert daemon.stat().state == "serving"
+def test_reload(start: Start) -> None:
+    daemon = start()
+    with Client(daemon.socket, deadline_s=5) as client:
+        space = stored(opened(client), KEYS)
+        daemon.configure(server={"socketz": 3})
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for_log("config.refused")
+        assert "socketz" in daemon.log
+        assert daemon.stat().state == "serving"
+        assert holds(space, KEYS)
 
-    changed = good.replace("[server]", "[server]\nbypass = true\ncopy_threads = 7")
-    daemon.config_path.write_text(changed)
-    daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_for_log("config.reloaded")
-    assert "config.changed server.copy_threads: needs a restart" in daemon.log
-    assert daemon.stat().state == "bypassed"
-    assert daemon.stat().events_revision == 1  # the store was told, once
+        daemon.configure(server={"bypass": True, "copy_threads": 7}, limits={"namespaces_max": 1})
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for_log("config.reloaded")
+        assert "config.changed server.copy_threads: needs a restart" in daemon.log
+        assert daemon.stat().state == "bypassed"
+        assert space.lookup(KEYS).reason == "bypassed"
+
+        daemon.configure(limits={"block_bytes_max": "8KiB", "namespaces_max": 5})
+        daemon.signal(signal.SIGHUP)
+        eventually(lambda: daemon.log.count("config.reloaded") == 2)
+        with pytest.raises(InvalidRequest, match="limits.block_bytes_max"):
+            opened(client, "another")
+        assert holds(space, KEYS)
 
 
 @pytest.mark.parametrize("model", ["invariant", "die", "stray"])
-def test_a_bug_in_the_books_stops_the_daemon(daemon: Running, model: str) -> None:
+def test_a_bug_in_the_books_stops_the_daemon(start: Start, model: str) -> None:
+    daemon = start(command=ODD)
     token = daemon.attach().token
-    if model != "invariant":
-        open_namespace(daemon, token, model)
-    else:
-        with pytest.raises(grpc.RpcError):
-            open_namespace(daemon, token, model)
-    assert daemon.process.wait(5) == 70
-    assert "a dump of the books" in daemon.log
+    try:
+        daemon.open_namespace(token, model)
+    except grpc.RpcError:
+        assert model != "stray"
+    assert daemon.process.wait(10) == 70
+    assert "daemon.books <Store" in daemon.log
     assert "Traceback" in daemon.log
     assert ("task died" if model == "die" else "the books disagree") in daemon.log
 
 
+def test_a_bug_is_internal_and_logged(start: Start) -> None:
+    daemon = start(command=ODD)
+    token = daemon.attach().token
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.open_namespace(token, "bug")
+    assert caught.value.code() is grpc.StatusCode.INTERNAL  # type: ignore[attr-defined]
+    assert "RuntimeError: a bug" in daemon.log
+    assert token.hex() not in daemon.log
+    assert daemon.open_namespace(token)
+
+
 def test_too_little_memory(start: Start) -> None:
-    daemon = start(ready=False, more="[tiers.cxl]\n")
-    assert daemon.process.wait(10) == 1  # the configuration is read before the daemon runs
-    text = daemon.config_path.read_text().replace("[tiers.cxl]\n", "").replace("16MiB", "100TiB")
-    daemon.config_path.write_text(text)
-    again = Running(daemon.folder, text)
-    assert again.process.wait(10) == 5
-    assert "make tiers.dram.size_bytes smaller" in again.log
+    daemon = start(ready=False, dram={"size_bytes": "100TiB", "segment_bytes": "1TiB"})
+    assert daemon.process.wait(20) == DeviceUnavailable.exit_status
+    assert "make tiers.dram.size_bytes smaller" in daemon.log
+    assert not daemon.socket.exists()
 
 
-def test_ready_is_told_to_the_service_manager(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_service_manager_is_told(start: Start) -> None:
+    daemon = start()
+    assert daemon.stop() == 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(5)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        daemon = start()
+        manager.bind(str(daemon.folder / "notify"))
+        manager.settimeout(20)
+        daemon.launch(NOTIFY_SOCKET=str(daemon.folder / "notify"))
         assert manager.recv(100) == b"READY=1"
-        daemon.stop()
+        assert daemon.stop() == 0
         assert manager.recv(100) == b"STOPPING=1"
 
 
@@ -160,53 +207,70 @@ def test_metrics(start: Start) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     daemon = start(more=f"[metrics]\nport = {port}\n")
-    daemon.attach()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
-    assert 'kvtier_tier_capacity_bytes{tier="dram"} 0.0' in text
-    assert 'kvtier_lookup_reasons_total{reason="evicted"} 3.0' in text
+    with Client(daemon.socket, deadline_s=5) as client:
+        stored(opened(client), KEYS).lookup(keys_of("a miss", 1))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    assert f'kvtier_tier_capacity_bytes{{tier="dram"}} {64 * 2**20:.8g}'[:48] in text
+    assert 'kvtier_lookup_reasons_total{reason="never_stored"} 1.0' in text
     assert 'kvtier_sessions{tenant="default"} 1.0' in text
     assert 'kvtier_state{state="serving"} 1.0' in text
 
 
-def test_admin(daemon: Running) -> None:
-    token = daemon.attach().token
-    space = open_namespace(daemon, token)
-    admin = daemon.admin()
-    entry = admin.ListNamespaces(admin_pb2.ListNamespacesRequest(), timeout=5).namespaces[0]
+def test_a_drained_daemon_takes_no_stores_until_undrained(daemon: Daemon, client: Client) -> None:
+    space = stored(opened(client, "drain"), KEYS)
+    answer = daemon.admin.drain(5)
+    assert (answer.flushed_blocks, answer.remaining_blocks) == (8, 0)
+    assert daemon.stat().state == "draining"
+    with pytest.raises(Exception, match="draining"):
+        space.reserve(keys_of("drained", 1))
+    assert holds(space, KEYS)
+    daemon.admin.undrain()
+    stored(space, keys_of("drained", 1))
+    assert daemon.admin.flush().flushed_blocks == 1
+
+
+def test_admin(daemon: Daemon, client: Client) -> None:
+    keys = keys_of("admin", 250)
+    space = stored(opened(client, "admin"), keys)
+    admin, number = daemon.admin, space.namespace_id
+    (entry,) = [e for e in admin.namespaces().namespaces if e.stat.namespace_id == number]
     assert (entry.spec.model, entry.fields["tenant"], entry.stat.block_tokens) == (
-        "m",
+        "admin",
         "default",
         16,
     )
-    assert len(entry.digest) == 32
+    assert (len(entry.digest), entry.stat.block_count) == (32, 250)
 
-    keys, page_token = [], ""
-    while True:
-        page = admin.ListBlocks(
-            admin_pb2.ListBlocksRequest(namespace_id=space, page_token=page_token), timeout=5
-        )
-        keys += [block.key for block in page.blocks]
+    page = admin.blocks(number)
+    assert len(page.blocks) == 100
+    listed, page_token = list(page.blocks), page.next_page_token
+    while page_token:
+        page = admin.blocks(number, page_token=page_token)
+        listed += page.blocks
         page_token = page.next_page_token
-        if not page_token:
-            break
-    assert len(keys) == len(set(keys)) == 250
+    assert [block.key for block in listed] == keys
+    assert [block.position for block in listed] == list(range(250))
+    assert [block.key for block in admin.all_blocks(number)] == keys
 
-    assert admin.Flush(admin_pb2.FlushRequest(), timeout=5).flushed_blocks == 5
-    assert admin.Drain(admin_pb2.DrainRequest(), timeout=5).flushed_blocks == 5
-    assert daemon.stat().state == "draining"
-    admin.Drain(admin_pb2.DrainRequest(undo=True), timeout=5)
-    admin.Bypass(admin_pb2.BypassRequest(on=True), timeout=5)
-    stat_answer = daemon.stat()
-    assert (stat_answer.state, stat_answer.pid) == ("bypassed", daemon.process.pid)
-    evict = admin_pb2.AdminEvictRequest(namespace_id=space)
-    assert admin.AdminEvict(evict, timeout=5).evicted_count == 7
-    evict = admin_pb2.AdminEvictRequest(namespace_id=space, keys=b"k" * 32, key_bytes=16)
-    assert admin.AdminEvict(evict, timeout=5).evicted_count == 2
-    pin = admin_pb2.AdminPinRequest(namespace_id=space, keys=b"k" * 32, key_bytes=16)
-    assert admin.AdminPin(pin, timeout=5).block_count == 1
-    assert admin.Check(admin_pb2.CheckRequest(), timeout=5).ok
-    for bad in (admin_pb2.FlushRequest(timeout_s=-1), admin_pb2.FlushRequest(timeout_s=1e9)):
-        with pytest.raises(grpc.RpcError) as caught:
-            admin.Flush(bad, timeout=5)
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    admin.bypass(on=True, namespace_id=number)
+    assert space.lookup(keys).reason == "bypassed"
+    admin.bypass(on=False, namespace_id=number)
+    assert daemon.stat().pid == daemon.process.pid
+    assert admin.pin(number, keys[:4]).block_count == 4
+    assert admin.blocks(number, page_size=1).blocks[0].pin_count == 1
+    assert admin.unpin(number, keys[:4]).block_count == 4
+    assert admin.evict(number, keys[200:]).evicted_count == 50
+    assert admin.evict(number).evicted_count == 200
+    assert space.lookup(keys).block_count == 0
+    for bad in (-1.0, 1e9, float("nan")):
+        with pytest.raises(InvalidRequest, match="timeout_s"):
+            admin.flush(bad)
+
+
+def test_the_admin_socket_is_of_its_owner(daemon: Daemon) -> None:
+    """Only its mode says who may: nobody is root here who is not."""
+    path = daemon.folder / "admin.sock"
+    assert path.stat().st_uid == os.getuid()
+    with AdminClient(path) as admin:
+        assert json.dumps(admin.check().ok) == "true"

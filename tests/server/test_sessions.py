@@ -4,58 +4,67 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemons import HERE, Attached, Running, open_namespace, wait_until
+from daemons import (
+    FORMAT,
+    Attached,
+    Daemon,
+    end,
+    eventually,
+    holds,
+    keys_of,
+    line_of,
+    spawn,
+    stored,
+)
 
+from kvtier.block import BlockFormat
+from kvtier.client import Client
+from kvtier.errors import PermissionDenied
 from kvtier.tiers.arena import MappedArena
-from kvtier.v1 import session_pb2
+from kvtier.v1 import cache_pb2, session_pb2
 
-Start = Callable[..., Running]
+Start = Callable[..., Daemon]
+PAGES = BlockFormat(1, 1, 1, "float16", 16, opaque_bytes=4096)
+# One arena for every five blocks of a page: so that a few blocks are hundreds of arenas.
+MANY_ARENAS = {"size_bytes": 700 * 20 * 1024, "segment_bytes": 20 * 1024, "huge_pages": "off"}
 
-CLIENT = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
+HOLDER = """
+import os, signal, sys
+from daemons import FORMAT, keys_of, stored
+from kvtier.client import Client
+client = Client(sys.argv[1], deadline_s=5)
+space = stored(client.open_namespace(model="holder", format=FORMAT), keys_of("held", 4))
+lease = space.lease(keys_of("held", 4))
+reservation = space.reserve(keys_of("reserved", 4))
+if sys.argv[2] == "fork" and os.fork() == 0:
+    signal.pause()
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+"""
+
+# As a client that forks without our library's knowledge: its child keeps the session socket.
+RAW_FORK = """
+import os, signal, sys
 from pathlib import Path
 from daemons import Attached
-attached = Attached(Path(sys.argv[2]))
-if sys.argv[3] == "fork" and os.fork() == 0:
-    os.write(1, b"%d\\n" % os.getpid())
-    time.sleep(60)
-os.write(1, attached.token.hex().encode() + b"\\n")
-time.sleep(60)
+attached = Attached(Path(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    signal.pause()
+print(child, flush=True)
+sys.stdin.readline()
 """
 
 
-def spawn_client(daemon: Running, how: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CLIENT, str(HERE), str(daemon.session_socket), how],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HERE.parent.parent)},
-    )
-
-
-def line_of(client: subprocess.Popen[str]) -> str:
-    assert client.stdout is not None
-    return client.stdout.readline().strip()
-
-
-def end(client: subprocess.Popen[str]) -> None:
-    client.kill()
-    client.wait()
-    assert client.stdout is not None
-    client.stdout.close()
-
-
-def test_welcome_brings_a_token_and_the_write_arena(daemon: Running) -> None:
+def test_welcome_brings_a_token_and_the_write_arena(daemon: Daemon) -> None:
     attached = daemon.attach(group="engine")
     welcome = attached.packet.welcome
     assert len(welcome.session_token) == 16
@@ -67,14 +76,18 @@ def test_welcome_brings_a_token_and_the_write_arena(daemon: Running) -> None:
     assert (session.client_name, session.group, session.pid) == ("test", "engine", os.getpid())
 
 
-def test_a_reader_gets_no_write_arena(daemon: Running) -> None:
+def test_a_reader_gets_no_write_arena(daemon: Daemon) -> None:
     attached = daemon.attach(writes=False)
     assert not attached.packet.welcome.HasField("write_arena")
     assert attached.fds == []
+    with Client(daemon.socket, writes=False) as client:
+        space = client.open_namespace(model="reader", format=FORMAT)
+        with pytest.raises(PermissionDenied, match="does not write"):
+            space.reserve(keys_of("reader", 1))
 
 
 def test_a_uid_not_configured_is_refused(start: Start) -> None:
-    daemon = start(allowed_uids=[os.getuid() + 1])
+    daemon = start(server={"allowed_uids": [os.getuid() + 1]})
     attached = daemon.attach()
     refusal = attached.packet.refusal
     assert refusal.reason == "PERMISSION_DENIED"
@@ -83,17 +96,35 @@ def test_a_uid_not_configured_is_refused(start: Start) -> None:
     assert attached.ended()
 
 
-def test_the_mount_is_the_credential(start: Start, tmp_path: Path) -> None:
-    own = tmp_path / "a b%c.sock"
-    more = f"[[tenants]]\nname = 'team-a'\nsocket = '{own}'\n"
-    more += f"[[tenants]]\nname = 'team-b'\nuids = [{os.getuid()}]\n"
-    daemon = start(more=more)
-    assert daemon.attach(Path(f"{own}.session")).packet.welcome.tenant == "team-a"
-    assert daemon.attach().packet.welcome.tenant == "team-b"
+def test_the_mount_is_the_credential(start: Start) -> None:
+    """A tenant with a socket of its own is known by it, and sees nothing of the others."""
+    daemon = start(
+        more='[[tenants]]\nname = "team-a"\nsocket = "FOLDER/a.sock"\n'
+        f'[[tenants]]\nname = "team-b"\nuids = [{os.getuid()}]\n'
+    )
+    keys = keys_of("mount", 4)
+    with (
+        Client(daemon.folder / "a.sock", deadline_s=5) as a,
+        Client(daemon.socket, deadline_s=5) as b,
+    ):
+        theirs = stored(a.open_namespace(model="m", format=FORMAT), keys)
+        ours = b.open_namespace(model="m", format=FORMAT)
+        assert (a.tenant, b.tenant) == ("team-a", "team-b")
+        assert ours.namespace_id != theirs.namespace_id
+        assert ours.lookup(keys).block_count == 0
+        # Not by its number, and not by its lease either.
+        link = b.linker.current()
+        assert link is not None
+        ours.state.opened = (link, theirs.namespace_id)
+        with pytest.raises(PermissionDenied, match="another tenant"):
+            ours.lease(keys)
+        with theirs.lease(keys) as lease, pytest.raises(PermissionDenied):
+            ours.join_lease(lease.lease_id)
+        assert holds(theirs, keys)
 
 
 @pytest.mark.parametrize("what", ["protocol", "memory_layout"])
-def test_versions_that_do_not_meet(daemon: Running, what: str) -> None:
+def test_versions_that_do_not_meet(daemon: Daemon, what: str) -> None:
     attached = daemon.attach(**{f"{what}_min": 7, f"{what}_max": 9})
     refusal = attached.packet.refusal
     assert refusal.reason == "VERSION_MISMATCH"
@@ -102,16 +133,16 @@ def test_versions_that_do_not_meet(daemon: Running, what: str) -> None:
     assert daemon.attach(**{f"{what}_min": 0, f"{what}_max": 9}).token
 
 
-@pytest.mark.parametrize("packet", [b"\xff" * 40, b"x" * 9000])
-def test_a_bad_packet_ends_that_session_only(daemon: Running, packet: bytes) -> None:
+@pytest.mark.parametrize("packet", [b"\xff" * 40, b"x" * 9000], ids=["malformed", "too long"])
+def test_a_bad_packet_ends_that_session_only(daemon: Daemon, packet: bytes) -> None:
     good, bad = daemon.attach(), daemon.attach()
     bad.socket.send(packet)
     assert bad.ended()
-    assert wait_until(lambda: daemon.ended_sessions() == 1)
-    assert open_namespace(daemon, good.token)
+    eventually(lambda: daemon.held()[2] == 1)
+    assert daemon.open_namespace(good.token)
 
 
-def test_a_first_packet_that_is_no_hello(daemon: Running) -> None:
+def test_a_first_packet_that_is_no_hello(daemon: Daemon) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.connect(str(daemon.session_socket))
         peer.send(b"\xff\xff\xff")
@@ -120,7 +151,7 @@ def test_a_first_packet_that_is_no_hello(daemon: Running) -> None:
     assert daemon.attach().token
 
 
-def test_silence_is_no_hello(daemon: Running) -> None:
+def test_silence_is_no_hello(daemon: Daemon) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.connect(str(daemon.session_socket))
         peer.settimeout(8)
@@ -130,92 +161,134 @@ def test_silence_is_no_hello(daemon: Running) -> None:
 
 
 def test_sessions_have_a_limit(start: Start) -> None:
-    daemon = start(sessions_max=2)
+    daemon = start(server={"sessions_max": 2})
     first, _ = daemon.attach(), daemon.attach()
     refusal = daemon.attach().packet.refusal
     assert refusal.reason == "LIMIT_REACHED"
     assert "server.sessions_max" in refusal.message
-    first.socket.close()
-    assert wait_until(lambda: bool(daemon.attach().token))
+    first.close()
+    eventually(lambda: daemon.attach().token)
 
 
-def test_a_killed_client_is_gone_within_a_second(daemon: Running) -> None:
-    client = spawn_client(daemon)
-    assert line_of(client)
+def test_a_killed_client_is_gone_within_a_second(daemon: Daemon) -> None:
+    client = spawn(HOLDER, daemon.socket, "")
+    line_of(client)
+    assert daemon.held() == (1, 1, 1)
     client.kill()
-    began = time.monotonic()
-    assert wait_until(lambda: daemon.ended_sessions() == 1)
-    assert time.monotonic() - began < 1
+    eventually(lambda: daemon.held() == (0, 0, 0), within_s=1)
     end(client)
 
 
-def test_a_forked_child_does_not_keep_the_session(daemon: Running) -> None:
-    client = spawn_client(daemon, "fork")
-    lines = {line_of(client), line_of(client)}
-    child = int(min(lines, key=len))
+def test_a_stopped_client_keeps_what_it_holds_and_nothing_else(daemon: Daemon) -> None:
+    client = spawn(HOLDER, daemon.socket, "")
+    line_of(client)
+    client.send_signal(signal.SIGSTOP)
+    with Client(daemon.socket, deadline_s=5) as other:
+        space = other.open_namespace(model="holder", format=FORMAT)
+        assert holds(space, keys_of("held", 4))
+        space.store(keys_of("reserved", 4), lambda block: block.view.__setitem__(0, 1))
+        assert daemon.held() == (1, 1, 2)
+        assert space.evict(keys_of("reserved", 4)) == 4
+    end(client)  # also a stopped process can be killed
+    eventually(lambda: daemon.held() == (0, 0, 0), within_s=1)
+    with Client(daemon.socket, deadline_s=5) as other:
+        other.open_namespace(model="holder", format=FORMAT).clear()
+
+
+@pytest.mark.parametrize("how", ["library", "raw"])
+def test_a_forked_child_does_not_keep_the_session(daemon: Daemon, how: str) -> None:
+    if how == "raw":
+        client = spawn(RAW_FORK, daemon.session_socket)
+        child = int(line_of(client))
+        assert daemon.held() == (0, 0, 1)
+    else:
+        client = spawn(HOLDER, daemon.socket, "fork")
+        line_of(client)
+        tasks = Path(f"/proc/{client.pid}/task/{client.pid}/children")
+        child = int(tasks.read_text().split()[0])
+        assert daemon.held() == (1, 1, 1)
     client.kill()
     try:
-        assert wait_until(lambda: daemon.ended_sessions() == 1)
-        os.kill(child, 0)  # it lives, and holds the socket
+        eventually(lambda: daemon.held() == (0, 0, 0), within_s=1)
+        os.kill(child, 0)  # it lives
     finally:
         os.kill(child, signal.SIGKILL)
         end(client)
+    with Client(daemon.socket, deadline_s=5) as other:
+        other.open_namespace(model="holder", format=FORMAT).clear()
 
 
-def test_a_stopped_client_that_reads_nothing(daemon: Running) -> None:
-    client, good = spawn_client(daemon), daemon.attach()
-    token = bytes.fromhex(line_of(client))
-    client.send_signal(signal.SIGSTOP)
-    open_namespace(daemon, token, "announce 200")
-    assert daemon.ended_sessions() == 0
-    open_namespace(daemon, token, "announce 2000")
-    assert wait_until(lambda: daemon.ended_sessions() == 1)
-    assert "packets unread" in daemon.log
-    assert open_namespace(daemon, good.token)
-    end(client)
+def leased(daemon: Daemon, attached: Attached, keys: list[bytes]) -> None:
+    """Has the daemon tell a client of all arenas that these blocks lie in."""
+    spec = cache_pb2.OpenNamespaceRequest(session_token=attached.token)
+    spec.spec.model = "arenas"
+    spec.spec.format.layers = spec.spec.format.kv_heads = spec.spec.format.head_dim = 1
+    spec.spec.format.dtype, spec.spec.format.block_tokens = "float16", 16
+    spec.spec.format.opaque_bytes = 4096
+    cache = daemon.cache()
+    number = cache.OpenNamespace(spec, timeout=5).namespace_id
+    group = cache_pb2.GroupQuery(namespace_id=number, keys=b"".join(keys), key_bytes=32)
+    lookup = cache_pb2.LookupRequest(session_token=attached.token, groups=[group], lease=True)
+    assert cache.Lookup(lookup, timeout=5).leases[0].block_count == len(keys)
 
 
-def test_a_slow_client_gets_every_arena_in_order(daemon: Running) -> None:
-    attached = daemon.attach(writes=False)
-    open_namespace(daemon, attached.token, "announce 400")
+def test_hundreds_of_arenas(start: Start) -> None:
+    """A slow client gets every one in order; one that reads nothing loses its session, alone."""
+    daemon = start(dram=MANY_ARENAS, limits={"block_bytes_max": "8KiB"})
+    keys = keys_of("arenas", 3000)
+    with Client(daemon.socket, deadline_s=5) as client:
+        stored(client.open_namespace(model="arenas", format=PAGES), keys)
+    slow = daemon.attach(writes=False)
+    leased(daemon, slow, keys[:2000])
+    seen = set()
     for _ in range(400):
-        arena = attached.receive().arena_added.arena
-        fd = attached.fds.pop()
+        arena = slow.receive().arena_added.arena
+        seen.add(arena.arena_id)
+        fd = slow.fds.pop()
         assert os.fstat(fd).st_size == arena.size_bytes
         with pytest.raises(PermissionError):
             mmap.mmap(fd, arena.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(fd)
+    assert len(seen) == 400
+
+    deaf, good = daemon.attach(writes=False), daemon.attach()
+    assert daemon.held() == (1, 0, 3)
+    leased(daemon, deaf, keys)
+    daemon.wait_for_log("packets unread")
+    eventually(lambda: daemon.held() == (1, 0, 2))
+    assert daemon.open_namespace(good.token)
 
 
-def test_an_arena_returned_reaches_the_store(daemon: Running) -> None:
+def test_an_arena_returned_that_was_never_sent(daemon: Daemon) -> None:
     attached = daemon.attach()
     packet = session_pb2.ClientPacket(arena_returned=session_pb2.ArenaReturned(arena_id=3))
     attached.socket.send(packet.SerializeToString())
-    assert not attached.ended(within_s=0.2)
+    assert daemon.attach().token  # taken after it
+    assert not attached.ended(within_s=0.05)
+    assert daemon.open_namespace(attached.token)
 
 
 def test_many_clients_die_at_once(start: Start) -> None:
-    daemon = start(sessions_max=64)
+    daemon = start(limits={"write_arena_bytes": "1MiB", "block_bytes_max": "1MiB"})
     clients = [Attached(daemon.session_socket) for _ in range(50)]
-    assert len(daemon.stat().sessions) == 50
-    descriptors = len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+    assert daemon.held() == (0, 0, 50)
+    descriptors = daemon.descriptors()
     for client in clients:
         client.close()
-    assert wait_until(lambda: daemon.ended_sessions() == 50)
-    left = len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
-    assert left <= descriptors - 3 * 50  # socket, pidfd, write arena
+    eventually(lambda: daemon.held() == (0, 0, 0))
+    # Socket, pidfd and write arena of each.
+    eventually(lambda: daemon.descriptors() <= descriptors - 3 * 50)
 
 
-def test_the_accept_loop_survives_a_lack_of_descriptors(daemon: Running) -> None:
+def test_the_accept_loop_survives_a_lack_of_descriptors(start: Start) -> None:
+    daemon = start()
     pid = daemon.process.pid
     daemon.stat()  # its descriptors exist before the limit
-    import resource
-
-    used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    old = resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, 4096))
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (daemon.descriptors(), old[1]))
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     peer.connect(str(daemon.session_socket))
     daemon.wait_for_log("session.accept_failed")
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(old[0], 4096), 4096))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
     peer.close()
     assert daemon.attach().token

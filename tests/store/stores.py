@@ -173,9 +173,7 @@ class Node:
                     min_free_bytes=0,
                 )
             )
-        self.store = await Store.open(
-            self.config, dram=self.dram, ssd=self.ssd, clock=self.clock
-        )
+        self.store = await Store.open(self.config, dram=self.dram, ssd=self.ssd, clock=self.clock)
         self.ledger = self.store.keeper.ledger
         self.filling = self.store.keeper.filling
         self.moves = self.store.keeper.moves
@@ -231,7 +229,9 @@ class Node:
             parent=parent, position=position, shard=shard, deadline_s=deadline_s,
         )  # fmt: skip
 
-    def fill(self, who: Attached, grant: ReserveGrant, keys: Sequence[bytes], shard: int = 0) -> None:
+    def fill(
+        self, who: Attached, grant: ReserveGrant, keys: Sequence[bytes], shard: int = 0
+    ) -> None:
         if grant.table is not None:
             for at, index in enumerate(grant.granted):
                 who.write(grant.table, at, payload(keys[index], grant.table.size_bytes, shard))
@@ -274,9 +274,9 @@ class Node:
         deadline_s: float = WAIT_S,
     ) -> LeaseGrant:  # fmt: skip
         query = GroupQuery(space, Keys.of(keys))
-        return (
-            await self.store.lease(who.session, query, 0, shard=shard, deadline_s=deadline_s)
-        )[0]
+        return (await self.store.lease(who.session, query, 0, shard=shard, deadline_s=deadline_s))[
+            0
+        ]
 
     async def read(
         self, who: Attached, space: int, keys: Sequence[bytes], *, shard: int = 0,
@@ -288,10 +288,10 @@ class Node:
             return 0
         needed = keys[grant.first_needed : grant.block_count]
         contents = who.contents(grant.table)
+        self.store.release(who.session, [grant.lease_id])
         assert len(contents) == len(needed)
         for key, content in zip(needed, contents, strict=True):
             assert content == payload(key, grant.table.size_bytes, shard), "wrong bytes"
-        self.store.release(who.session, [grant.lease_id])
         return grant.block_count
 
     async def read_pieces(self, who: Attached, space: int, keys: Sequence[bytes]) -> int:
@@ -320,10 +320,12 @@ class Node:
     async def quiet(self) -> None:
         """Nothing moves, nothing is to be erased, nothing to be reaped."""
         await self.until(
-            lambda: self.store.keeper.mover.is_idle
-            and not self.moves.moves
-            and not self.ledger.is_erasing
-            and not self.ledger._condemned
+            lambda: (
+                self.store.keeper.mover.is_idle
+                and not self.moves.moves
+                and not self.ledger.is_erasing
+                and not self.ledger._condemned
+            )
         )
 
     def tier_state(self, name: str) -> str:

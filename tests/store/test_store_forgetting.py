@@ -161,7 +161,11 @@ async def test_clear_stays_done(start: Start, tmp_path: Path, stored: bool) -> N
     again = await reopened_after_kill(start, node, tmp_path, "again")
     await node.assert_nothing_held()
     await node.close()
-    for after, count in ((killed, 0), (again, 5), (await start(within=node.config.state.dir.parent), 5)):
+    for after, count in (
+        (killed, 0),
+        (again, 5),
+        (await start(within=node.config.state.dir.parent), 5),
+    ):
         who = after.attach()
         assert await after.read(who, after.space(who), keys) == count
         assert await after.read(who, after.space(who, "other"), keys) == 8
@@ -195,9 +199,7 @@ async def test_clears_at_once(start: Start, tmp_path: Path) -> None:
     who = node.attach()
     space = node.space(who)
     await node.put(who, space, chain("a", 4), durable=True)
-    await asyncio.gather(
-        *(node.store.clear_namespace(who.session, space) for _ in range(20))
-    )
+    await asyncio.gather(*(node.store.clear_namespace(who.session, space) for _ in range(20)))
     await node.put(who, space, chain("b", 4), durable=True)
     after = await reopened_after_kill(start, node, tmp_path, "kill")
     who = after.attach()
@@ -278,7 +280,9 @@ async def test_dram_full_and_all_leased(node: Node) -> None:
     keys = chain("a", 64)
     leases = []
     for start in range(0, 64, 16):
-        await node.put(who, space, keys[start : start + 16], parent=keys[start - 1] if start else b"")
+        await node.put(
+            who, space, keys[start : start + 16], parent=keys[start - 1] if start else b""
+        )
         leases.append(await node.lease(who, space, keys[: start + 16]))
     assert node.ledger.slots[node.ledger.top].counts().used_slots == 64
     with pytest.raises(TierFull, match="leases") as caught:

@@ -305,8 +305,7 @@ async def test_room_of_the_write_arena_is_waited_for(start: Start) -> None:
 
     node.store.keeper.progress.wait = counting  # type: ignore[method-assign]
     waiting = [
-        asyncio.create_task(node.reserve(who, space, chain(n, 2), deadline_s=0.5))
-        for n in range(3)
+        asyncio.create_task(node.reserve(who, space, chain(n, 2), deadline_s=0.5)) for n in range(3)
     ]
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(result, TierFull) for result in results)
@@ -396,9 +395,7 @@ async def test_half_of_the_shards_is_nothing(node: Node) -> None:
 
 async def test_sliding_window_group(node: Node) -> None:
     who = node.attach()
-    sliding = BlockFormat(
-        1, 1, 64, "bfloat16", 16, group=GroupKind.SLIDING, window_tokens=40
-    )
+    sliding = BlockFormat(1, 1, 64, "bfloat16", 16, group=GroupKind.SLIDING, window_tokens=40)
     full, window = node.space(who, "f"), node.space(who, "w", sliding)
     keys = chain("a", 12)
     await node.put(who, full, keys)
