@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -87,4 +88,6 @@ def _first_line(name: str) -> str:
 
 
 if __name__ == "__main__":
+    # Daemons and directories go with us, also when somebody stops us.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -58,7 +58,9 @@ def _copied_bytes(daemon: Daemon, space: Space, keys: Keys, content: bytes) -> i
         start = _address(view)
         ours = _mapped_file("/proc/self/maps", start, start + len(view))
         with open(f"/proc/{daemon.pid}/maps") as maps:  # noqa: PTH123
-            theirs = {line.split()[4] for line in maps if "/memfd:kvtier-dram" in line}
+            theirs = {
+                line.split()[4] for line in maps if "/memfd:kvtier-" in line and "-dram-" in line
+            }
         return 0 if ours in theirs else len(view)
 
 

@@ -241,7 +241,7 @@ class Keeper:
                 self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
 
     async def _sweep(self) -> None:
-        """Erases and recycles what is to be; looks again if the tending task was woken."""
+        """Erases and recycles what is to be; has the tending task look again if more came."""
         try:
             if TierId.SSD not in self.ledger.closed_tiers:
                 await self._erase_pending()
@@ -252,6 +252,8 @@ class Keeper:
             await self.recycling.run()
         except TierFailed as error:
             log.warning("tier.failed %s", error)
+        if self.ledger.is_erasing and TierId.SSD not in self.ledger.closed_tiers:
+            self._woken.set()  # more came meanwhile
 
     @property
     def tending(self) -> asyncio.Task[None] | None:

@@ -17,18 +17,13 @@ Does not: run moves (transfer/mover.py) or wait for anything (store.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 from kvtier.block import SLOT_BITS, Keys, Move, Route, TierId
 from kvtier.errors import InvariantViolated, KvTierError
 from kvtier.ledger.chain import Namespace, Run
+from kvtier.ledger.givers import Givers
 from kvtier.ledger.ledger import DISPLACED, Ledger
 from kvtier.ledger.search import Span
-from kvtier.ledger.slots import SlotClass
-
-# Runs asked for room in one search, and runs looked at to find them.
-_CANDIDATES_MAX = 256
-_LOOKED_AT_MAX = 4096
 
 
 class Moves:
@@ -39,8 +34,7 @@ class Moves:
         self.in_flight_max = in_flight_max
         self.moves: dict[int, Move] = {}
         self.by_target: dict[tuple[int, bytes, TierId], int] = {}
-        # Slots that running demotions will free, by tier and (tenant, slot size).
-        self._leaving: dict[tuple[TierId, str, int], int] = {}
+        self._givers = Givers(ledger)
 
     # --- room
 
@@ -53,7 +47,7 @@ class Moves:
         short = count - self._expected(tier, tenant, slot_bytes)
         if short <= 0:
             return moves
-        for run in self._candidates(tier, (tenant, slot_bytes)):
+        for run in self._givers.candidates(tier, (tenant, slot_bytes)):
             self._take_from(run, tier, short, moves)
             short = count - self._expected(tier, tenant, slot_bytes)
             if short <= 0:
@@ -65,7 +59,7 @@ class Moves:
 
     def _expected(self, tier: TierId, tenant: str, slot_bytes: int) -> int:
         """Slots free now, or soon by moves and erasures that are under way."""
-        leaving = self._leaving.get((tier, tenant, slot_bytes), 0)
+        leaving = self._givers.leaving.get((tier, (tenant, slot_bytes)), 0)
         leaving += self._ledger.erasing.get((tier, (tenant, slot_bytes)), 0)
         return self._ledger.slots[tier].available(tenant, slot_bytes) + leaving
 
@@ -75,76 +69,18 @@ class Moves:
         """
         moves: list[Move] = []
         slots = self._ledger.slots[tier]
-        for run in self._candidates(tier):
+        for run in self._givers.candidates(tier):
             tenant, slot_bytes = run.space.tenant, run.space.slot_bytes[tier]
             # Slots whose records are being erased are used still: without them in the sum, each
             # run in turn would be asked for the whole excess.
-            excess = slots.used_bytes - self._going_bytes(tier, None) - used_bytes
+            excess = slots.used_bytes - self._givers.going_bytes(tier, None) - used_bytes
             if excess <= 0 or len(self.moves) >= self.in_flight_max:
                 break
-            count = min(-(-excess // slot_bytes), self._spare_bytes(tier, tenant) // slot_bytes)
+            count = min(
+                -(-excess // slot_bytes), self._givers.spare_bytes(tier, tenant) // slot_bytes
+            )
             self._take_from(run, tier, count, moves)
         return moves
-
-    def _going_bytes(self, tier: TierId, tenant: str | None) -> int:
-        """Bytes that demotions and erasures under way will free: a tenant's, or everybody's."""
-        leaving = sum(
-            count * size
-            for (of, whose, size), count in self._leaving.items()
-            if of is tier and tenant in (None, whose)
-        )
-        return leaving + sum(
-            count * size
-            for (of, (whose, size)), count in self._ledger.erasing.items()
-            if of is tier and tenant in (None, whose)
-        )
-
-    def _spare_bytes(self, tier: TierId, tenant: str) -> int:
-        """What the tenant uses, and goes on using, beyond its guaranteed share."""
-        guaranteed = self._ledger.guaranteed_bytes.get((tenant, tier), 0)
-        used = self._ledger.slots[tier].used_bytes_by_tenant.get(tenant, 0)
-        return max(0, used - self._going_bytes(tier, tenant) - guaranteed)
-
-    def _candidates(self, tier: TierId, slot_class: SlotClass | None = None) -> Iterator[Run]:
-        """Runs (of that tenant and slot size) that may give blocks, in the policy's order; leaves
-        in place of their ancestors, and a parent after its last child.
-
-        Runs that may not give now (leased, or pinned at the bottom) are in use: they go to the
-        end of the order, or a few thousand of them would hide all others for ever.
-        """
-        runs, policy = self._ledger.chains.runs, self._ledger.chains.policies[tier]
-        yielded = 0
-        for run_id in list(islice(policy.order(), _LOOKED_AT_MAX)):
-            run: Run | None = runs.get(run_id)
-            if run is None or not run.held[tier]:
-                continue
-            if slot_class not in (None, (run.space.tenant, run.space.slot_bytes[tier])):
-                continue
-            run = self._leaf(run, tier)
-            if not self._may_take(run, tier):
-                policy.touch(run_id)
-                continue
-            while run is not None and run.held[tier] and self._may_take(run, tier):
-                yield run
-                if run.id in runs and run.held[tier]:
-                    break
-                run = runs.get(run.parent) if run.parent else None
-            yielded += 1
-            if yielded == _CANDIDATES_MAX:
-                return
-
-    def _leaf(self, run: Run, tier: TierId) -> Run:
-        """A run at or below this one that holds copies in the tier and has none below it."""
-        runs = self._ledger.chains.runs
-        while run.below[tier]:
-            children = (runs[child] for child in run.children or ())
-            run = next(c for c in children if c.held[tier] or c.below[tier])
-        return run
-
-    def _may_take(self, run: Run, tier: TierId) -> bool:
-        if run.leases or run.below[tier]:
-            return False
-        return not (run.pins and tier is self._ledger.tiers[-1])
 
     def _take_from(self, run: Run, tier: TierId, slot_count: int, moves: list[Move]) -> None:
         """Takes blocks from the run's end until `slot_count` slots are (to be) free."""
@@ -203,7 +139,7 @@ class Moves:
             if segment.slot_class is None or segment.slot_class == mine:
                 continue
             tenant, slot_bytes = segment.slot_class
-            spare = self._spare_bytes(tier, tenant) if tenant != space.tenant else None
+            spare = self._givers.spare_bytes(tier, tenant) if tenant != space.tenant else None
             if spare is not None and spare < segment.used * slot_bytes:
                 continue  # emptying it would eat into that tenant's guaranteed share
             owners = set(slots.owners(segment.index))
@@ -283,8 +219,8 @@ class Moves:
 
     def _count_leaving(self, space: Namespace, move: Move, sign: int) -> None:
         tier, size = move.route.source, move.source_slot_bytes
-        key = (tier, space.tenant, size)
-        self._leaving[key] = self._leaving.get(key, 0) + sign * len(move.source_slots)
+        key, leaving = (tier, (space.tenant, size)), self._givers.leaving
+        leaving[key] = leaving.get(key, 0) + sign * len(move.source_slots)
 
     def promote(self, space: Namespace, spans: list[Span], count_max: int) -> list[Move]:
         """Moves that bring these blocks to the first tier, shallow ones first; as many as find

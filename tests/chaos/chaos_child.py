@@ -43,7 +43,8 @@ async def check(node: Node, who: Attached, oracle: dict[str, Any]) -> None:
             except AssertionError as error:
                 say("PROBLEM", name, one, error)
                 continue
-            if found != count:
+            # A kill within an evict may leave records of wiped slots: found, but a miss when read.
+            if found != count and least == most:
                 say("PROBLEM", name, one, "found", found, "but could read", count)
             if not least <= count <= most:
                 say("PROBLEM", name, one, count, "blocks, not", least, "to", most)

@@ -36,9 +36,7 @@ class Relay:
         self._open: list[socket.socket] = []
         self._listen(socket.SOCK_STREAM, self.path, daemon.socket, self._pass_answers)
         session_path = Path(f"{self.path}.session")
-        self._listen(
-            socket.SOCK_SEQPACKET, session_path, daemon.session_socket, self._pass_packets
-        )
+        self._listen(socket.SOCK_SEQPACKET, session_path, daemon.session_socket, self._pass_packets)
 
     def _listen(
         self,

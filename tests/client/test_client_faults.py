@@ -36,7 +36,6 @@ from kvtier.errors import (
     DaemonUnavailable,
     DeadlineExceeded,
     LeaseLost,
-    PermissionDenied,
     ReservationExpired,
     VersionMismatch,
 )
@@ -272,15 +271,6 @@ def test_arena_that_never_comes(daemon: Daemon, keys: list[bytes]) -> None:
         assert found.lease is None
         assert found.reason is Reason.DAEMON_DOWN
         eventually(lambda: daemon.held() == (0, 0, 1))
-
-
-def test_refused(start: Start, keys: list[bytes]) -> None:
-    daemon = start(server={"allowed_uids": [os.getuid() + 1]})
-    with Client(daemon.socket) as client:
-        for _ in range(2):
-            with pytest.raises(PermissionDenied, match="server.allowed_uids"):
-                client.open_namespace(model="m", format=FORMAT)
-        assert client.space(model="m", format=FORMAT).lookup(keys).block_count == 0
 
 
 def test_a_path_that_is_no_plain_uri(start: Start, keys: list[bytes]) -> None:

@@ -10,7 +10,6 @@ import random
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-
 from world import DRAM, PATHS, SPECS, SSD, World
 
 AT = st.integers(0, len(SPECS) - 1)

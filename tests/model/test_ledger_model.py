@@ -1,6 +1,6 @@
 """The ledger against a model that probes every block, with every rule in any order.
 
-    KVTIER_MODEL_EXAMPLES=20000 pytest tests/model     # or --hypothesis-profile=long
+KVTIER_MODEL_EXAMPLES=20000 pytest tests/model     # or --hypothesis-profile=long
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from machine import LedgerMachine, walk
 
 from kvtier.block import TierId
 from kvtier.ledger import filling, moves, search
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.chains import Chains
+from kvtier.ledger.givers import Givers
 from kvtier.ledger.ledger import Ledger
-from machine import LedgerMachine, walk
 
 QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 EXAMPLES = int(os.environ.get("KVTIER_MODEL_EXAMPLES", "0"))
@@ -63,9 +64,7 @@ def source_freed_under_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = moves.Moves.finish_move
 
     def broken(self: moves.Moves, move: moves.Move) -> bool:
-        found = self._ledger.chains.find(
-            self._ledger.spaces[move.namespace_id], move.labels[0].key
-        )
+        found = self._ledger.chains.find(self._ledger.spaces[move.namespace_id], move.labels[0].key)
         leases = None
         if found is not None and move.drop_source:
             leases, found[0].leases = found[0].leases, None
@@ -163,10 +162,8 @@ def half_a_block_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ancestors_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moves.Moves, "_leaf", lambda self, run, tier: run)
-    monkeypatch.setattr(
-        moves.Moves, "_may_take", lambda self, run, tier: not run.leases and not run.pins
-    )
+    monkeypatch.setattr(Givers, "leaf", lambda self, run, tier: run)
+    monkeypatch.setattr(Givers, "may_take", lambda self, run, tier: not run.leases and not run.pins)
 
 
 PLANTED: Sequence[Callable[[pytest.MonkeyPatch], None]] = (

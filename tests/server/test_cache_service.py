@@ -331,11 +331,3 @@ def test_a_watch_of_nothing(daemon: Daemon, token: bytes) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         next(events)
     assert type(wire.error_from(caught.value)) is errors.NotFound
-
-
-def test_the_daemon_away(start: Start) -> None:
-    daemon = start()
-    cache, token = daemon.cache(), daemon.attach().token
-    daemon.stop()
-    request = cache_pb2.ReleaseRequest(session_token=token)
-    assert type(error_of(cache.Release, request)) is errors.DaemonUnavailable

@@ -432,8 +432,9 @@ async def test_damage_on_disk_is_a_miss_and_counted(node: Node) -> None:
         await node.put(who, space, chain(n, 32))
     await node.quiet()
     assert node.found(who, space, keys) == 8
-    assert await node.read(who, space, keys) == 3
-    assert node.why(who, space, keys) == (3, Reason.CORRUPT)
+    good = await node.read(who, space, keys)
+    assert good < 8  # which of the batches was the first to be written is not said
+    assert node.why(who, space, keys) == (good, Reason.CORRUPT)
     assert node.store.counts(1).corrupt_count == 1
     await node.put(who, space, keys)  # refilled
     assert await node.read(who, space, keys) == 8
