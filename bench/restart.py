@@ -25,7 +25,8 @@ def run(*, quick: bool) -> list[Row]:
     repeats = 1 if quick else 2
     setup = Setup(
         dram_bytes=64 * MIB,
-        ssd_bytes=synthetic.ssd_bytes(held),
+        # A quarter more, or the full tier would begin to evict at once.
+        ssd_bytes=synthetic.ssd_bytes(held) * 5 // 4 + synthetic.SEGMENT_BYTES,
         ssd_segment_bytes=synthetic.SEGMENT_BYTES,
     )
     with Daemon(setup, start=False) as empty:

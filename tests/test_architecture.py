@@ -56,8 +56,8 @@ LAYERS: dict[str, set[str]] = {
     "tally": {"block", "counts", "ledger", "session", "transfer"},
     "keeper": {"block", "config", "counts", "errors", "failpoints", "ledger", "native", "progress",
                "recycling", "session", "tally", "tiers", "transfer", "units"},
-    "store": {"block", "config", "counts", "errors", "failpoints", "keeper", "ledger", "session", "tiers",
-              "units"},
+    "store": {"block", "config", "counts", "errors", "failpoints", "keeper", "ledger", "session",
+              "tiers", "units"},
     "server": LEAVES | {"session", "store", "tiers", "v1", "wire"},
     # A client maps arenas and reads the configured socket path; it never sees the ledger.
     "client": {"block", "config", "errors", "sections", "tiers", "units", "v1", "wire"},
@@ -98,7 +98,7 @@ def imports_of(tree: ast.Module) -> set[str]:
 
 
 def untidy(name: str, text: str) -> list[str]:
-    """What is wrong with the file's size, names and words. An empty `__init__` says nothing wrong."""
+    """What is wrong with the file's size, names and words (an empty file says nothing)."""
     tree, found = ast.parse(text), []
     if text and not ast.get_docstring(tree):
         found.append("no docstring: a module opens with one sentence saying what it is for")

@@ -71,7 +71,8 @@ def test_life_of_a_block() -> None:
 
     # Reserve: room to write two blocks; neither is visible.
     offer = filling.reserve(
-        space, KEYS, parent=b"", position=0, shard=0, session_id=1, count_max=9, now_s=0, deadline_s=9
+        space, KEYS, parent=b"", position=0, shard=0, session_id=1,
+        count_max=9, now_s=0, deadline_s=9,
     )  # fmt: skip
     assert offer.reservation is not None
     assert (offer.granted, offer.covered_count, offer.present_count) == ((0, 1), 2, 0)

@@ -28,7 +28,7 @@ LOGITS_TOLERANCE = 1e-3
 LADDER = ((512, 8), (768, 8), (1024, 8), (1024, 16), (2048, 16))
 PROMPT_TOKENS = (2048, 3072, 4096)
 OWN_PROMPT_TOKENS = (256, 512, 1024, *PROMPT_TOKENS)
-DEADLINE_S = 1.0  # of a lookup: patient enough to attach to a daemon that was just started
+DEADLINE_S = 5.0  # of a lookup: patient enough to attach to a daemon that was just started
 CONVERSATION_TOKENS = 512  # room beside the shared prompt
 VOCABULARY = 4096
 

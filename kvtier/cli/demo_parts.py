@@ -53,7 +53,7 @@ class Daemon:
         started = time.monotonic()
         with self._log.open("ab") as log:
             self._process = _spawn(
-                [sys.executable, "-m", "kvtier", "serve", "--config", str(self._config)],
+                [sys.executable, "-P", "-m", "kvtier", "serve", "--config", str(self._config)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         while not self._serves():
@@ -172,7 +172,7 @@ def environment(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
 def _engine(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as errors:
         return _spawn(
-            [sys.executable, "-m", "kvtier.cli.demo_engine", *arguments],
+            [sys.executable, "-P", "-m", "kvtier.cli.demo_engine", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
         )  # fmt: skip
 

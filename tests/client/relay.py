@@ -1,7 +1,7 @@
 """Relay: a man in the middle of a client and a real daemon, for faults a sound daemon never makes.
 
 Another protocol version, malformed packets, an arena that is named but never sent, an answer that
-is lost though the daemon did what it was asked: the daemon behind it is real, the books are its own.
+is lost though the daemon did what it was asked. The daemon behind it and its books are real.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from daemons import ENVIRONMENT, Daemon
 
 HEAVY = ("torch", "numpy", "cupy", "grpc", "lmdb", "uvloop")
 
 
-def said(code: str) -> str:
-    command = [sys.executable, "-c", code]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+def said(code: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     return answer.stdout.strip()
 
 
@@ -28,3 +29,18 @@ def test_making_a_client_loads_no_arrays_library() -> None:
         "print([m for m in ('torch', 'numpy', 'cupy') if m in sys.modules])"
     )
     assert said(code) == "[]"
+
+
+def test_the_client_works_where_no_arrays_library_is_installed(daemon: Daemon) -> None:
+    """As in an image that has only what `pip install kvtier` brings."""
+    code = """
+import sys
+for name in ("torch", "numpy", "cupy", "transformers", "zstandard"):
+    sys.modules[name] = None  # importing it raises ImportError
+from daemons import FORMAT, holds, keys_of, stored
+from kvtier.client import Client
+with Client(sys.argv[1], deadline_s=5) as client:
+    space = client.open_namespace(model="light", format=FORMAT)
+    print(holds(stored(space, keys_of("light", 3)), keys_of("light", 3)))
+"""
+    assert said(code, daemon.socket) == "True"

@@ -267,7 +267,7 @@ def test_a_format_whose_size_overflows(daemon: Daemon, client: Client, space: Sp
         assert type(error) is InvalidRequest
         assert "block size in bytes" in str(error)
         over = BlockFormat(1, 1, 1, "float16", 16, opaque_bytes=8 << 20)  # 4 MiB are configured
-        with pytest.raises(InvalidRequest, match="limits.block_bytes_max"):
+        with pytest.raises(InvalidRequest, match=r"limits\.block_bytes_max"):
             client.open_namespace(model="overflow", format=over)
 
 

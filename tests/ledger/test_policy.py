@@ -22,27 +22,37 @@ def test_an_unknown_policy_names_those_that_exist() -> None:
 
 
 class ForgetsSplit(Lru):
+    """The tail of a cut run is not known to it."""
+
     def split(self, run_id: int, tail_id: int) -> None:
         pass
 
 
 class HeadFirst(Lru):
+    """A head goes before its tail."""
+
     def split(self, run_id: int, tail_id: int) -> None:
         self.add(tail_id)
 
 
 class NeverTouches(Lru):
+    """First in, first out."""
+
     def touch(self, run_id: int) -> None:
         pass
 
 
 class EatsItself(Lru):
+    """Asking for the order empties it."""
+
     def order(self) -> Iterator[int]:
         while self._order:
             yield self._order.popitem(last=False)[0]
 
 
 class NewestFirst(Lru):
+    """The last used goes first."""
+
     def order(self) -> Iterator[int]:
         return reversed(self._order)
 

@@ -186,5 +186,9 @@ def test_a_planted_bug_is_caught(
     plant(monkeypatch)
 
     with pytest.raises((AssertionError, KeyError, IndexError)):
-        for seed in range(2000):
-            walk(seed, steps=60)
+        walk_until_something_is_found()
+
+
+def walk_until_something_is_found() -> None:
+    for seed in range(2000):
+        walk(seed, steps=60)

@@ -1,9 +1,9 @@
-"""A node without bytes: the real Ledger, Filling and Moves, beside a model simple enough to trust.
+"""A node without bytes: the real Ledger, Filling and Moves beside a model simple enough to trust.
 
-The model is a dict of blocks (which tiers have a copy) and a dict of what lies in every slot. Whoever
-may write a slot writes it (a reservation at once, a move when it ends), so a slot given to two
-hands shows as wrong content, as it would on a real node. Moves and erasures end when the test says
-so, in any order.
+The model is a dict of blocks (which tiers have a copy) and a dict of what lies in every slot.
+Whoever may write a slot writes it (a reservation at once, a move when it ends), so a slot given to
+two hands shows as wrong content, as it would on a real node. Moves and erasures end when the test
+says so, in any order.
 
 Does not: know runs, splits, policies or search; it probes every block of every prefix.
 """
@@ -400,7 +400,7 @@ class World:
                 raise AssertionError(f"{key!r} left {tier.label} before its descendant {other!r}")
 
     def _is_linked(self, space: Namespace, key: bytes, ancestor: bytes) -> bool:
-        """Whether every block between the two has a place, so that the ledger knows the relation."""
+        """Whether every block between the two has a place: then the ledger knows of it."""
         if not descends(key, ancestor):
             return False
         path = key.rstrip(b".").decode()
@@ -509,8 +509,7 @@ class World:
     def end_everything(self, at: int) -> None:
         """When nobody holds anything, there is room for a block of every namespace."""
         while self.reservations:
-            at_, reservation = self.reservations.pop()
-            self.filling.abort(reservation)
+            self.filling.abort(self.reservations.pop()[1])
         while self.copying:
             self.end_commit(0, good=False)
         while self.leases:
@@ -583,9 +582,9 @@ class World:
             of_partials.update((DRAM, slot) for slot in partial.slots)
         hands.extend(of_partials)
         for reservation in self.filling.reservations.values():
-            for entry in reservation.entries:
-                if entry.state != COMMITTED and (DRAM, entry.slot) not in of_partials:
-                    hands.append((DRAM, entry.slot))
+            filling = [entry for entry in reservation.entries if entry.state != COMMITTED]
+            own = {(DRAM, entry.slot) for entry in filling} - of_partials
+            hands.extend(own)
         return hands
 
     def _in_use(self) -> set[Slot]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -31,22 +31,32 @@ def space(daemon: Daemon, token: bytes, request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def delta(daemon: Daemon) -> Iterator[Callable[[str], int]]:
+def delta(daemon: Daemon) -> Callable[[str], int]:
     """How much a count of Stat grew in this test."""
     before = daemon.stat()
-    yield lambda name: getattr(daemon.stat(), name) - getattr(before, name)
+    return lambda name: getattr(daemon.stat(), name) - getattr(before, name)
 
 
 def group(space: int, keys: bytes = KEYS, key_bytes: int = 32) -> cache_pb2.GroupQuery:
     return cache_pb2.GroupQuery(namespace_id=space, keys=keys, key_bytes=key_bytes)
 
 
-def reserved(daemon: Daemon, token: bytes, space: int, keys: bytes = KEYS, **more: Any) -> int:
-    """The id of a new reservation."""
-    request = cache_pb2.ReserveRequest(
+def asking(token: bytes, space: int, keys: bytes = KEYS, **more: Any) -> cache_pb2.ReserveRequest:
+    """A request for room."""
+    return cache_pb2.ReserveRequest(
         session_token=token, namespace_id=space, keys=keys, key_bytes=32, **more
     )
+
+
+def reserved(daemon: Daemon, token: bytes, space: int, keys: bytes = KEYS, **more: Any) -> int:
+    """The id of a new reservation."""
+    request = asking(token, space, keys, **more)
     return int(daemon.cache().Reserve(request, timeout=5).reservation_id)
+
+
+def all_reserved(daemon: Daemon, token: bytes, space: int) -> int:
+    """A reservation of all of the session's write arena: a further one waits."""
+    return reserved(daemon, token, space, b"".join(keys_of("the whole write arena", 1024)))
 
 
 def put(daemon: Daemon, token: bytes, space: int) -> None:
@@ -111,10 +121,8 @@ def test_bad_lookups_change_nothing(
 
 
 def test_errors_carry_their_reason(daemon: Daemon, token: bytes, space: int) -> None:
-    reserved(daemon, token, space, b"".join(keys_of("the whole write arena", 1024)))
-    request = cache_pb2.ReserveRequest(
-        session_token=token, namespace_id=space, keys=KEYS, key_bytes=32
-    )
+    all_reserved(daemon, token, space)
+    request = asking(token, space)
     full = error_of(daemon.cache().Reserve, request, timeout_s=0.3)
     assert type(full) is errors.TierFull
     assert full.retryable
@@ -155,11 +163,9 @@ def test_too_many_calls_at_once(start: Start) -> None:
     daemon = start(server={"rpc_concurrency_max": 2})
     token = daemon.attach().token
     space = daemon.open_namespace(token)
-    reserved(daemon, token, space, b"".join(keys_of("the whole write arena", 1024)))
+    all_reserved(daemon, token, space)
     cache = daemon.cache()
-    wait = cache_pb2.ReserveRequest(
-        session_token=token, namespace_id=space, keys=KEYS, key_bytes=32
-    )
+    wait = asking(token, space)
     waiting = [cache.Reserve.future(wait, timeout=20) for _ in range(2)]
     release = cache_pb2.ReleaseRequest(session_token=token)
 
@@ -180,9 +186,7 @@ def test_the_same_request_id_gets_the_same_answer(
     daemon: Daemon, token: bytes, space: int, delta: Callable[[str], int]
 ) -> None:
     cache = daemon.cache()
-    reserve = cache_pb2.ReserveRequest(
-        session_token=token, namespace_id=space, keys=KEYS, key_bytes=32, request_id="one"
-    )
+    reserve = asking(token, space, request_id="one")
     grant = cache.Reserve(reserve, timeout=5)
     assert cache.Reserve(reserve, timeout=5) == grant
     assert daemon.held() == (0, 1, 1)
@@ -246,10 +250,8 @@ def test_a_reserve_that_nobody_waits_for_is_given_up(
     daemon: Daemon, token: bytes, space: int
 ) -> None:
     """It waits for room; its caller goes; then there is room: nobody is given it."""
-    whole = reserved(daemon, token, space, b"".join(keys_of("the whole write arena", 1024)))
-    request = cache_pb2.ReserveRequest(
-        session_token=token, namespace_id=space, keys=KEYS, key_bytes=32, request_id="r"
-    )
+    whole = all_reserved(daemon, token, space)
+    request = asking(token, space, request_id="r")
     cache = daemon.cache()
     call = cache.Reserve.future(request, timeout=20)
     cache.Release(cache_pb2.ReleaseRequest(session_token=token), timeout=5)  # later on one channel
@@ -261,10 +263,8 @@ def test_a_reserve_that_nobody_waits_for_is_given_up(
 
 
 def test_waiting_ends_before_the_callers_deadline(daemon: Daemon, token: bytes, space: int) -> None:
-    reserved(daemon, token, space, b"".join(keys_of("the whole write arena", 1024)))
-    request = cache_pb2.ReserveRequest(
-        session_token=token, namespace_id=space, keys=KEYS, key_bytes=32
-    )
+    all_reserved(daemon, token, space)
+    request = asking(token, space)
     began_s = time.monotonic()
     full = error_of(daemon.cache().Reserve, request, timeout_s=1)
     assert type(full) is errors.TierFull  # it says why, and not only that it was late

@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvtier.block import TierId, TierRun
 from kvtier.client import Client, Space
 from kvtier.errors import AlreadyRunning, DeviceUnavailable, InvalidRequest
-from kvtier.v1 import cache_pb2
 
 Start = Callable[..., Daemon]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -136,7 +135,7 @@ def test_reload(start: Start) -> None:
         daemon.configure(limits={"block_bytes_max": "8KiB", "namespaces_max": 5})
         daemon.signal(signal.SIGHUP)
         eventually(lambda: daemon.log.count("config.reloaded") == 2)
-        with pytest.raises(InvalidRequest, match="limits.block_bytes_max"):
+        with pytest.raises(InvalidRequest, match=r"limits\.block_bytes_max"):
             opened(client, "another")
         assert holds(space, KEYS)
 

@@ -96,7 +96,7 @@ def test_a_uid_not_configured_is_refused(start: Start) -> None:
     assert attached.ended()
     with Client(daemon.socket) as client:
         for _ in range(2):  # also when it does not try again yet
-            with pytest.raises(PermissionDenied, match=r"server.allowed_uids"):
+            with pytest.raises(PermissionDenied, match=r"server\.allowed_uids"):
                 client.open_namespace(model="m", format=FORMAT)
         assert client.space(model="m", format=FORMAT).lookup(keys_of("m", 1)).block_count == 0
 
