@@ -85,7 +85,11 @@ class Keeper:
         self.bypassed = config.server.bypass
         self.tally = Tally()
         self.progress = Progress()
-        self.events = EventRing(config.server.watch_events_max)
+        self.events = EventRing(
+            config.server.watch_events_max,
+            # Microseconds of wall time: no daemon stores a million times a second for its life.
+            first_revision=int(clock.wall_s() * 1e6),
+        )
         self.revoked: dict[int, int] = {}  # slot -> generation, where it is not 0
         self.on_reservation_over: Callable[[Reservation], None] = lambda _: None
         tiers: dict[TierId, Tier] = {dram.plan.tier: dram}

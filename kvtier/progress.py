@@ -50,13 +50,14 @@ class EventRing:
     """The last events of all namespaces, each with a revision that only grows.
 
     Bounded by `events_max`: a watcher that asks for an older one, or lags further behind, is told
-    COMPACTED and goes on from the oldest held.
+    COMPACTED and goes on from the oldest held. `first_revision` is above every revision of an
+    earlier life of the daemon, so that a watcher that comes back is told of what it missed.
     """
 
-    def __init__(self, events_max: int) -> None:
+    def __init__(self, events_max: int, first_revision: int = 0) -> None:
         self._events: deque[Event] = deque(maxlen=events_max)
         self._changed = Progress()
-        self.revision = 0
+        self.revision = first_revision
 
     def add(
         self,

@@ -17,6 +17,8 @@ from kvtier.session import Session
 from kvtier.tiers.arena import Arena
 from kvtier.tiers.dram import DramTier
 
+# Arenas asked back at once.
+_AT_ONCE_MAX = 8
 _NOBODY = "\0"  # no tenant has this name
 
 
@@ -45,12 +47,16 @@ class Recycling:
         return len(self._waiting)
 
     def start(self, tenant: str, sessions: dict[int, Session]) -> bool:
-        """Begins with one free segment that `tenant` may not own yet. False: there is none."""
-        segment = self._slots.foreign_free(tenant)
-        if segment is None:
-            return False
-        if segment in self._ready or any(segment == s for s, _ in self._waiting.values()):
+        """Begins with one more free segment that `tenant` may not own yet; at most
+        `_AT_ONCE_MAX` are under way. False: there is none.
+        """
+        under_way = {*self._ready, *(segment for segment, _ in self._waiting.values())}
+        if len(under_way) >= _AT_ONCE_MAX:
             return True
+        # A client that never unmaps must not hold up the others: pass over what is under way.
+        segment = self._slots.foreign_free(tenant, exclude=under_way)
+        if segment is None:
+            return bool(under_way)
         arena = self._tier.arena(segment)
         # From here on nobody may own it: not even the tenant whose clients map it, since they are
         # asked to unmap, and since a worker thread replaces the memory.

@@ -67,7 +67,7 @@ def daemon_findings(path: Path) -> list[Found]:
         remedy = "dropped, not served: check the disk (smartctl) and memory (ECC counters)"
         found.append(_found("damage", "warn", f"{stat.corrupt_count} blocks", remedy))
     for tier in stat.tiers:
-        if tier.error_count or tier.state not in ("", "ok"):
+        if tier.error_count or tier.state != "serving":
             detail = f"state {tier.state or 'unknown'}, {tier.error_count} errors"
             found.append(_found(_tier(tier), "warn", detail, "look at its device and the log"))
     if not stat.native_kernels:

@@ -41,14 +41,20 @@ def stat(stat: Plain) -> RenderableType:
 def namespaces(entries: Iterable[Plain], *, title: str = "Namespaces") -> Table:
     """Namespaces by id; `digest` is shown where the answer has it."""
     rows = [{**entry, **entry.get("stat", {})} for entry in entries]
-    table = _table(title, "id", "digest", "tenant", "model", "group", right=())
+    digests = any(row.get("digest") for row in rows)
+    names = (
+        ("id", "digest", "tenant", "model", "group")
+        if digests
+        else ("id", "tenant", "model", "group")
+    )
+    table = _table(title, *names, right=())
     for name in ("block tokens", "epoch", "blocks", "size", "hits", "hit ratio"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows:
         table.add_row(
             str(row["namespace_id"]),
-            str(row.get("digest", ""))[:12],
+            *([str(row["digest"])[:12]] if digests else []),
             row["tenant"],
             row["model"],
             row["group_name"] or "-",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan
@@ -251,9 +251,12 @@ class TierSlots:
         """Runs that hold a slot of the segment (0 = a slot that no block has yet is left out)."""
         return iter({run_id for run_id in self.segments[segment_index].owner_runs if run_id})
 
-    def foreign_free(self, tenant: str) -> int | None:
+    def foreign_free(self, tenant: str, exclude: Container[int] = ()) -> int | None:
         """A free segment that another tenant's clients may still map, or None."""
-        return next((s for s in self._free_segments if not self._may_own(s, tenant)), None)
+        return next(
+            (s for s in self._free_segments if s not in exclude and not self._may_own(s, tenant)),
+            None,
+        )
 
     def recycled(self, segment_index: int) -> None:
         """No client maps the free segment any longer: any tenant may own it."""
