@@ -14,6 +14,7 @@ from bench.daemon import Daemon, Setup, attached
 from bench.keys import CHAIN_BLOCKS, chain
 from bench.machine import wait_until_quiet
 from bench.row import Row
+from kvtier.client.admin import AdminClient
 from kvtier.units import MIB
 
 NAME: Final = "restart"
@@ -51,6 +52,7 @@ def _restarted(daemon: Daemon, held: int, *, killed: bool) -> float:
     with daemon.client() as client:
         space = attached(client, block_bytes=synthetic.BLOCK_BYTES)
         count = held // CHAIN_BLOCKS
+        assert _recovered(daemon) == held
         for number in {0, count // 2, count - 1} if count else ():
             found = space.lookup(chain(number))
             assert found.block_count == CHAIN_BLOCKS, found
@@ -60,3 +62,8 @@ def _restarted(daemon: Daemon, held: int, *, killed: bool) -> float:
     else:
         daemon.stop()
     return seconds
+
+
+def _recovered(daemon: Daemon) -> int:
+    with AdminClient(daemon.directory / "run" / "admin.sock") as admin:
+        return admin.stat().recovered_blocks

@@ -21,7 +21,9 @@ from kvtier.units import GIB, KIB
 BLOCK_BYTES: Final = 4 * KIB
 SLOT_BYTES: Final = BLOCK_BYTES + SLOT_HEADER_BYTES
 SEGMENT_BYTES: Final = GIB
-SLOTS: Final = SEGMENT_BYTES // SLOT_BYTES
+# A slab file is as large as a segment: what its head takes is not there for slots.
+_SLAB_BYTES: Final = SEGMENT_BYTES - SLAB_RESERVED_BYTES
+SLOTS: Final = _SLAB_BYTES // SLOT_BYTES
 _EPOCH: Final = 1
 _RECORDS_PER_TRANSACTION: Final = 100 * CHAIN_BLOCKS
 
@@ -47,8 +49,8 @@ def write_state(state: Path, block_count: int, *, tier_bytes: int) -> None:
     for index in range(ssd_bytes(block_count) // SEGMENT_BYTES):
         path = directory / "slabs" / f"{index:05}.slab"
         path.touch(mode=0o600)
-        os.truncate(path, SLAB_RESERVED_BYTES + SEGMENT_BYTES)
-        slab = Slab(path, index, SEGMENT_BYTES, direct=False)
+        os.truncate(path, SEGMENT_BYTES)
+        slab = Slab(path, index, _SLAB_BYTES, direct=False)
         slab.open_existing()
         slab.cut(SLOT_BYTES, 1)
         slab.list_names(names)

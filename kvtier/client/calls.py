@@ -182,6 +182,7 @@ def reserve(
 ) -> Flow[R]:
     """Room for the keys that are not present."""
     chain = packed_keys(keys)
+    chain.check_distinct()
     if parent and len(parent) != chain.size:
         raise InvalidRequest(f"the parent has {len(parent)} bytes, the keys have {chain.size}")
     request: cache_pb2.ReserveRequest | None = None

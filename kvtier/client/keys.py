@@ -14,15 +14,13 @@ KeysLike = Sequence[bytes] | Keys
 
 
 def packed_keys(keys: KeysLike) -> Keys:
-    """The keys packed and known to be distinct. A `Keys` seen before costs nothing here.
+    """The keys packed; given one by one also known to be distinct. A `Keys` costs nothing here:
+    whether one is in it twice is asked where it matters, before blocks are written.
 
     Raises:
         InvalidRequest: none, too many, unequal or impossible lengths, not bytes, or one twice.
     """
     if isinstance(keys, Keys):
-        if keys is not _seen[0]:
-            keys.check_distinct()
-            _seen[0] = keys
         return keys
     if isinstance(keys, (bytes, bytearray, memoryview, str)):
         raise InvalidRequest("keys must be a sequence of bytes objects, not one of them")
@@ -40,5 +38,3 @@ def packed_keys(keys: KeysLike) -> Keys:
         raise InvalidRequest("the same key is given twice in one call")
     return Keys(packed, lengths.pop())
 
-
-_seen: list[Keys | None] = [None]  # an engine asks, leases and stores with the same object

@@ -16,6 +16,7 @@ import itertools
 import os
 import select
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -262,6 +263,9 @@ class Session:
 
     def end(self) -> None:
         """Ends the session now; the daemon returns all that it held. Idempotent."""
+        if sys.is_finalizing():
+            # Our thread is gone, maybe with the lock in its hands; the process's end closes all.
+            return
         with self._lock:
             self._end()
 

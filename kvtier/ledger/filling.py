@@ -269,7 +269,7 @@ class Filling:
         chains = self._ledger.chains
         run, place = chains.insert(space, entry.key, entry.parent, entry.position)
         chains.put_copy(run, place, self._ledger.top, slots, checksums)
-        space.recent.pop(hash(entry.key), None)
+        space.forget_note(entry.key)
 
     def fail_commit(self, reservation: Reservation, entries: Iterable[Entry]) -> None:
         """Copying failed: these entries are given back, the others stay."""

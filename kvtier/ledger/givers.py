@@ -44,8 +44,12 @@ class Givers:
         )
 
     def spare_bytes(self, tier: TierId, tenant: str) -> int:
-        """What the tenant uses, and goes on using, beyond its guaranteed share."""
+        """What may be taken of the tenant: what it uses, and goes on using, beyond its guaranteed
+        share; anything when it has none.
+        """
         guaranteed = self._ledger.guaranteed_bytes.get((tenant, tier), 0)
+        if not guaranteed:
+            return self._ledger.slots[tier].capacity_bytes
         used = self._ledger.slots[tier].used_bytes_by_tenant.get(tenant, 0)
         return max(0, used - self.going_bytes(tier, tenant) - guaranteed)
 

@@ -198,7 +198,7 @@ class Ledger:
         if count < len(keys):
             key = keys[count]
             placed = key in space.index
-            note = space.recent.get(hash(key), EVICTED if placed else "")
+            note = space.note_of(key, EVICTED if placed else "")
             reason = _REASONS.get(note, Reason.NEVER_STORED)
             if placed and search.is_ready(space, self.chains.runs, key):
                 # It is there, but another group of the same request has less.
@@ -270,7 +270,7 @@ class Ledger:
         runs, space = self.chains.runs, lease.space
         spans, gap = search.back_to(space, runs, lease.keys, lease.first_needed, lease.count - 1)
         while gap >= 0:
-            note = space.recent.get(hash(lease.keys[gap]), EVICTED)
+            note = space.note_of(lease.keys[gap], EVICTED)
             lease.reason = _REASONS.get(note, Reason.EVICTED)
             lease.count = gap
             if space.needed_blocks is not None:
@@ -472,7 +472,8 @@ class Ledger:
                 run.pins = 0
                 self._condemned.append(run.id)
         space.epoch += 1
-        space.index, space.orphans, space.recent = {}, {}, {}
+        space.index, space.orphans = {}, {}
+        space.forget_notes()
         space.block_count = space.placeholder_count = 0
         self.evicted_blocks += count
         return count

@@ -27,12 +27,8 @@ class Claim(NamedTuple):
     label: SlotLabel
 
 
-class _Block(NamedTuple):
-    key: bytes
-    parent: bytes
-    position: int
-    slots: tuple[int, ...]
-    checksums: tuple[int, ...]
+# A whole block's claims, one a shard.
+_Block = tuple[Claim, ...]
 
 
 def restore(
@@ -55,22 +51,20 @@ def restore(
         slots.release(claim.slot for claim in torn)
         rejected.extend(torn)
     placed = _place_chains(ledger, space, tier, blocks)
-    for block in blocks.values():
-        if block.key not in placed:
-            slots.release(block.slots)
-    circular = {
-        slot for block in blocks.values() if block.key not in placed for slot in block.slots
-    }
-    rejected.extend(claim for claim in believed if circular and claim.slot in circular)
-    return len(placed), rejected
+    if placed < len(blocks):
+        # Those whose parents run in a circle were not reached from any start.
+        circular = [c for k, block in blocks.items() if k not in space.index for c in block]
+        slots.release(claim.slot for claim in circular)
+        rejected.extend(circular)
+    return placed, rejected
 
 
 def _believable(
     space: Namespace, slot_bytes: int, claims: Sequence[Claim]
 ) -> tuple[list[Claim], list[Claim]]:
     size, shards = space.shard_bytes, space.shards
-    # One damaged record must not speak for all others.
-    sizes = Counter(map(len, (claim.label.key for claim in claims)))
+    # One damaged record must not speak for all others; a hundred of them are asked.
+    sizes = Counter(len(claim.label.key) for claim in claims[:100])
     key_size = space.key_size or (sizes.most_common(1)[0][0] if sizes else 0)
     space.key_size = key_size
     believed: list[Claim] = []
@@ -90,70 +84,63 @@ def _believable(
 def _whole_blocks(
     space: Namespace, claims: Sequence[Claim]
 ) -> tuple[dict[bytes, _Block], list[Claim]]:
-    if space.shards == 1:
-        blocks: dict[bytes, _Block] = {}
-        doubled: list[Claim] = []
-        for claim in claims:
-            label = claim.label
-            if label.key in blocks:
-                doubled.append(claim)
-                continue
-            blocks[label.key] = _Block(
-                label.key, label.parent, label.position, (claim.slot,), (label.checksum,)
-            )
-        return blocks, doubled
-    by_key: dict[bytes, dict[int, Claim]] = {}
     torn: list[Claim] = []
+    if space.shards == 1:
+        single: dict[bytes, _Block] = {}
+        for claim in claims:
+            first = single.setdefault(claim.label.key, (claim,))
+            if first[0] is not claim:
+                torn.append(claim)
+        return single, torn
+    by_key: dict[bytes, dict[int, Claim]] = {}
     for claim in claims:
-        shards = by_key.setdefault(claim.label.key, {})
-        if claim.label.shard in shards:
+        first_claim = by_key.setdefault(claim.label.key, {}).setdefault(claim.label.shard, claim)
+        if first_claim is not claim:
             torn.append(claim)
-        else:
-            shards[claim.label.shard] = claim
-    blocks = {}
+    blocks: dict[bytes, _Block] = {}
     for key, shards in by_key.items():
         if len(shards) < space.shards:
             torn.extend(shards.values())
-            continue
-        members = [shards[shard] for shard in range(space.shards)]
-        label = members[0].label
-        blocks[key] = _Block(
-            key,
-            label.parent,
-            label.position,
-            tuple(m.slot for m in members),
-            tuple(m.label.checksum for m in members),
-        )
+        else:
+            blocks[key] = tuple(shards[shard] for shard in range(space.shards))
     return blocks, torn
 
 
 def _place_chains(
     ledger: Ledger, space: Namespace, tier: TierId, blocks: dict[bytes, _Block]
-) -> set[bytes]:
-    children: dict[bytes, list[_Block]] = {}
-    starts: list[_Block] = []
-    for block in blocks.values():
-        if block.parent in blocks:
-            children.setdefault(block.parent, []).append(block)
-        else:
-            starts.append(block)
-    placed: set[bytes] = set()
+) -> int:
+    """Makes runs of all chains that have a start; returns how many blocks that were."""
+    first_child: dict[bytes, bytes] = {}
+    more_children: dict[bytes, list[bytes]] = {}
+    starts: list[bytes] = []
+    for key, block in blocks.items():
+        parent = block[0].label.parent
+        if parent not in blocks:
+            starts.append(key)
+        elif first_child.setdefault(parent, key) is not key:
+            more_children.setdefault(parent, []).append(key)
+    placed = 0
     while starts:
-        block = starts.pop()
-        stretch = [block]
-        branches = children.get(block.key, ())
-        while len(branches) == 1 and len(stretch) < RUN_BLOCKS_MAX:
-            stretch.append(branches[0])
-            branches = children.get(branches[0].key, ())
-        starts.extend(branches)
-        placed.update(member.key for member in stretch)
+        key = starts.pop()
+        label = blocks[key][0].label
+        stretch = [key]
+        child = first_child.get(key)
+        while child is not None and len(stretch) < RUN_BLOCKS_MAX and key not in more_children:
+            key = child
+            stretch.append(key)
+            child = first_child.get(key)
+        if child is not None:
+            starts.append(child)
+            starts.extend(more_children.get(key, ()))
+        placed += len(stretch)
+        members = [claim for key in stretch for claim in blocks[key]]
         ledger.chains.adopt(
             space,
             tier,
-            parent=block.parent,
-            position=block.position,
-            keys=[member.key for member in stretch],
-            slots=array("I", [slot for member in stretch for slot in member.slots]),
-            checksums=array("Q", [c for member in stretch for c in member.checksums]),
+            parent=label.parent,
+            position=label.position,
+            keys=stretch,
+            slots=array("I", [claim.slot for claim in members]),
+            checksums=array("Q", [claim.label.checksum for claim in members]),
         )
     return placed

@@ -136,7 +136,7 @@ def test_ancestors_stay_while_a_descendant_is_copied_up() -> None:
     promotion = books.moves.promote(space, [(run, end - 1, end)], 8)
     assert len(promotion) == 1
     books.moves.shrink_to(SSD, 0)
-    assert books.used()[1] == 3
+    assert books.found(space, chain("a", 3)) == 3
     books.finish()
     books.moves.shrink_to(SSD, 0)
     books.finish()

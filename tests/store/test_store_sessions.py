@@ -426,6 +426,7 @@ async def test_watch_in_order_and_resumed(node: Node) -> None:
     who = node.attach()
     space, other = node.space(who), node.space(who, "other")
     keys = chain("a", 3)
+    before = node.store.keeper.events.revision
     watching = asyncio.create_task(events(node, who, space, 0, 3))
     await asyncio.sleep(0)
     await node.put(who, space, keys)
@@ -436,40 +437,44 @@ async def test_watch_in_order_and_resumed(node: Node) -> None:
     assert [e.kind for e in seen] == [EventKind.STORED, EventKind.REMOVED, EventKind.CLEARED]
     assert seen[0].keys == b"".join(keys)
     assert sorted(seen[1].keys[i : i + 32] for i in (0, 32)) == sorted(keys[1:])
-    assert [e.revision for e in seen] == [1, 3, 4]
-    assert await events(node, who, space, 2, 2) == seen[1:]
-    assert await events(node, who, space, 1, 3) == seen
+    assert [e.revision - before for e in seen] == [1, 3, 4]
+    assert await events(node, who, space, before + 2, 2) == seen[1:]
+    assert await events(node, who, space, before + 1, 3) == seen
 
 
 async def test_a_lagging_watcher_is_told(start: Start) -> None:
     node = await start(watch_events_max=16)
     who = node.attach()
     space = node.space(who)
-    watcher = node.store.watch(who.session, space, 1)
+    before = node.store.keeper.events.revision
+    watcher = node.store.watch(who.session, space, before + 1)
     for n in range(4):
         await node.put(who, space, chain(n, 1))
     async with asyncio.timeout(5):
-        assert (await anext(watcher)).revision == 1
+        assert (await anext(watcher)).revision == before + 1
         for n in range(4, 40):
             await node.put(who, space, chain(n, 1))
         seen = [await anext(watcher) for _ in range(3 + 1 + 16)]
     kinds = [event.kind for event in seen]
     assert kinds.count(EventKind.COMPACTED) == 1
-    assert seen[-1].revision == 40
+    assert seen[-1].revision == before + 40
     revisions = [event.revision for event in seen]
     assert revisions == sorted(revisions)
     await watcher.aclose()
 
 
-async def test_a_watcher_of_an_earlier_life_is_told(node: Node) -> None:
+@pytest.mark.parametrize("behind", [-1000, 1000], ids=["later", "earlier"])
+async def test_a_watcher_of_an_earlier_life_is_told(node: Node, behind: int) -> None:
     who = node.attach()
     space = node.space(who)
     await node.put(who, space, chain("a", 1))
-    watcher = node.store.watch(who.session, space, 1000)
+    watcher = node.store.watch(who.session, space, node.store.keeper.events.revision - behind)
     async with asyncio.timeout(5):
         assert (await anext(watcher)).kind is EventKind.COMPACTED
         await node.put(who, space, chain("b", 1))
-        assert (await anext(watcher)).keys == chain("b", 1)[0]
+        held = [chain("a", 1)[0]] if behind > 0 else []
+        seen = [(await anext(watcher)).keys for _ in range(len(held) + 1)]
+    assert seen == [*held, chain("b", 1)[0]]
     await watcher.aclose()
 
 
@@ -477,10 +482,11 @@ async def test_stored_events_name_consecutive_blocks(node: Node) -> None:
     who = node.attach()
     space = node.space(who)
     keys = chain("a", 6)
+    before = node.store.keeper.events.revision
     grant = await node.reserve(who, space, keys)
     node.fill(who, grant, keys)
     await node.store.commit(who.session, grant.reservation_id, [0, 1, 4, 5], durable=False)
-    first, second = await events(node, who, space, 1, 2)
+    first, second = await events(node, who, space, before + 1, 2)
     assert (first.parent, first.keys) == (b"", b"".join(keys[:2]))
     assert (second.parent, second.keys) == (keys[3], b"".join(keys[4:]))
     node.store.abort(who.session, grant.reservation_id)
