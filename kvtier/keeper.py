@@ -39,7 +39,7 @@ from kvtier.ledger.holdings import Entry, Reservation
 from kvtier.ledger.ledger import Erasure, Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.ledger.recovery import Claim, restore
-from kvtier.ledger.search import Span
+from kvtier.ledger.search import Span, all_in
 from kvtier.progress import EventRing, Progress
 from kvtier.recycling import Recycling
 from kvtier.session import Session
@@ -266,11 +266,11 @@ class Keeper:
 
     def _tick(self) -> None:
         now_s = self.now_s()
-        if not self.single_tenant:
-            # Under single-tenant trust a client may still write where it reserved: only its end
-            # (session) gives such slots back.
-            for reservation in self.filling.expire(now_s):
-                self.on_reservation_over(reservation)
+        # Under single-tenant trust a client may still write where it reserved: only its end
+        # (session) gives such slots back.
+        for reservation in () if self.single_tenant else self.filling.expire(now_s):
+            self.on_reservation_over(reservation)
+        self.filling.expire_partials(now_s)
         for tier, until_s in list(self._closed_until_s.items()):
             if now_s >= until_s:
                 del self._closed_until_s[tier]
@@ -301,11 +301,8 @@ class Keeper:
         if after > before:
             # Only then: two who wait for something else must not keep each other awake.
             self.progress.notify()
-        if after < space.shards:
-            self._starving = True
-            self.recycling.start(tenant, self.sessions)
         self._woken.set()
-        return after >= space.shards
+        return self._seek_room(space)
 
     def _recycled(self, segment: int) -> None:
         """The segment's arena is new: its generation words are 0 again."""
@@ -331,8 +328,22 @@ class Keeper:
 
     def promote(self, space: Namespace, spans: list[Span]) -> None:
         """Starts bringing these blocks to DRAM, as far as there is room now."""
-        self.mover.submit(self.moves.promote(space, spans, _PROMOTE_MOVES_MAX))
+        moves = self.moves.promote(space, spans, _PROMOTE_MOVES_MAX)
+        self.mover.submit(moves)
+        if not moves and not all(all_in(*span, self.ledger.top) for span in spans):
+            self._seek_room(space)
         self._woken.set()
+
+    def _seek_room(self, space: Namespace) -> bool:
+        """Whether there is room for a block; if not, overdue leases and other tenants' idle
+        arenas are asked for.
+        """
+        slots = self.ledger.slots[self.ledger.top]
+        if slots.available(space.tenant, space.slot_bytes[self.ledger.top]) >= space.shards:
+            return True
+        self._starving = True
+        self.recycling.start(space.tenant, self.sessions)
+        return False
 
     def _register(self, moves: Sequence[Move]) -> None:
         """Worker thread: descriptors are on disk before the first block that needs them."""

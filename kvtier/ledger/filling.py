@@ -328,15 +328,17 @@ class Filling:
             self._drop_if_unwanted(partial)
 
     def expire(self, now_s: float) -> list[Reservation]:
-        """Ends reservations past their deadline and blocks whose shards never came."""
+        """Ends reservations past their deadline."""
         over = [r for r in self.reservations.values() if r.deadline_s <= now_s and not r.ended]
         for reservation in over:
             self.abort(reservation)
-        stale = [p for p in self.partials.values() if p.deadline_s <= now_s]
-        for partial in stale:
+        return over
+
+    def expire_partials(self, now_s: float) -> None:
+        """Gives up blocks whose other shards never came and that nobody writes any longer."""
+        for partial in [p for p in self.partials.values() if p.deadline_s <= now_s]:
             if not partial.writers:
                 self._drop_partial(partial)
-        return over
 
     def held_slots(self) -> dict[TierId, int]:
         """Slots of reservations and partials, for the ledger's check."""

@@ -90,6 +90,6 @@ class Givers:
         return run
 
     def may_take(self, run: Run, tier: TierId) -> bool:
-        if run.leases or run.below[tier]:
+        if run.below[tier] or (run.leases and run.last_in(tier) < self._ledger.leased_end(run)):
             return False
         return not (run.pins and tier is self._ledger.tiers[-1])

@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 from kvtier.block import (
     SLOT_BITS,
@@ -34,13 +35,15 @@ from kvtier.block import (
 )
 from kvtier.errors import InvalidRequest, InvariantViolated, LimitReached, NotFound
 from kvtier.ledger import search
-from kvtier.ledger.chain import TIER_COUNT, Namespace, Run
+from kvtier.ledger.chain import RUN_BLOCKS_MAX, TIER_COUNT, Namespace, Run
 from kvtier.ledger.chains import Chains
 from kvtier.ledger.holdings import Lease
 from kvtier.ledger.policy import make_policy
 from kvtier.ledger.search import Span
 from kvtier.ledger.slots import SlotClass, TierSlots
 
+# Leases of one run looked at to see how far it is leased; with more, all of it counts as leased.
+_LEASES_ASKED_MAX = 64
 # Why a key is gone: taken for room, by an explicit evict or clear, or damaged.
 DISPLACED, EVICTED, CORRUPT = "displaced", "evicted", "corrupt"
 _REASONS = {DISPLACED: Reason.EVICTED, EVICTED: Reason.EVICTED, CORRUPT: Reason.CORRUPT}
@@ -247,8 +250,34 @@ class Ledger:
             lease.runs.add(run.id)
 
     def _lease_split(self, run: Run, tail: Run) -> None:
-        for lease_id in run.leases or ():
-            self.leases[lease_id].runs.add(tail.id)
+        assert tail.leases is not None
+        for lease_id in list(tail.leases):
+            if self._last_place(self.leases[lease_id], run) is None:
+                self.leases[lease_id].runs.add(tail.id)
+            else:
+                tail.leases.discard(lease_id)  # it ends in the head: the tail is not its
+
+    @staticmethod
+    def _last_place(lease: Lease, run: Run) -> int | None:
+        """Where in this run the lease ends; None = it goes on below (or that is not known)."""
+        locator = run.space.index.get(lease.keys[lease.count - 1]) if lease.count else None
+        if locator is None or locator // RUN_BLOCKS_MAX != run.id:
+            return None
+        return locator % RUN_BLOCKS_MAX
+
+    def leased_end(self, run: Run) -> int:
+        """Blocks of the run before this place may be read by a lease; those from it on are free to
+        give. A lease of a prefix must not keep what was appended to the chain since.
+        """
+        if not run.leases:
+            return 0
+        end = 0
+        for lease_id in islice(run.leases, _LEASES_ASKED_MAX + 1):
+            place = self._last_place(self.leases[lease_id], run)
+            if place is None:
+                return len(run)
+            end = max(end, place + 1)
+        return end if len(run.leases) <= _LEASES_ASKED_MAX else len(run)
 
     def _snapshot(self, lease: Lease, spans: list[Span]) -> bool:
         """Fixes the lease's answer if every needed block is in the first tier."""
@@ -329,7 +358,7 @@ class Ledger:
         for shard, slot in enumerate(slots):
             erasure = self._erasure(tier, slot, labels[shard], why) if labels else None
             holders = set(self.readers.get((tier, slot), ()))
-            if run.leases and tier is not TierId.SSD:
+            if run.leases and tier is not TierId.SSD and place < self.leased_end(run):
                 holders |= run.leases
             if holders:
                 self._doomed[tier, slot] = holders

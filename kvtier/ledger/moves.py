@@ -86,7 +86,7 @@ class Moves:
         """Takes blocks from the run's end until `slot_count` slots are (to be) free."""
         ledger, shards = self._ledger, run.space.shards
         bit, lower = 1 << tier, self._next_below(tier, run.space)
-        for place in range(len(run) - 1, -1, -1):
+        for place in range(len(run) - 1, ledger.leased_end(run) - 1, -1):
             if slot_count <= 0:
                 break
             state = run.state[place]
@@ -303,7 +303,7 @@ class Moves:
         if (
             move.drop_source
             and run.state[place] & bit
-            and not run.leases
+            and place >= ledger.leased_end(run)
             and tuple(run.slots_of(place, route.source)) == move.source_slots
             and not self._is_read(run, place, route.source)
         ):

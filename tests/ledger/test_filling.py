@@ -99,7 +99,7 @@ def test_half_the_shards_are_never_visible() -> None:
     assert books.reserve(space, keys, shard=0).present_count == 1
 
     # Its other shard never comes: the room goes back.
-    books.filling.expire(11)
+    books.filling.expire_partials(11)
     assert books.used()[0] == 0
     books.check()
 

@@ -224,7 +224,9 @@ class World:
 
     def pass_time(self, seconds: int) -> None:
         self.now_s += seconds
-        for reservation in self.filling.expire(self.now_s):
+        over = self.filling.expire(self.now_s)
+        self.filling.expire_partials(self.now_s)
+        for reservation in over:
             assert reservation.ended
         self._forget_dropped_halves()
 

@@ -510,3 +510,24 @@ async def test_revoked_leases_change_generations_before_reuse(start: Start) -> N
     assert fresh.table.generations
     node.store.release(other.session, [fresh.lease_id])
     await node.assert_nothing_held()
+
+
+async def test_a_lease_keeps_only_what_it_reads(node: Node) -> None:
+    """A lease of a prefix must not hold what the chain has behind it, or a shared system prompt
+    under lease would keep every conversation that follows it in memory.
+    """
+    who = node.attach()
+    space = node.space(who)
+    keys = chain("a", 64)  # as many as DRAM holds
+    for start in range(0, 64, 16):
+        await node.put(
+            who, space, keys[start : start + 16], parent=keys[start - 1] if start else b""
+        )
+    grant = await node.lease(who, space, keys[:3])
+    assert grant.table is not None
+    other = chain("b", 16)
+    await node.put(who, space, other)
+    assert node.found(who, space, other) == len(other)
+    assert who.contents(grant.table) == [payload(key) for key in keys[:3]]
+    node.store.release(who.session, [grant.lease_id])
+    assert await node.read_pieces(who, space, keys) == len(keys)
