@@ -720,7 +720,7 @@ class Store:
         return self.keeper.namespace_uses()
 
     def blocks(self, namespace_id: int, after_key: bytes, count_max: int) -> list[BlockUse]:
-        """A page of blocks, in the order they were placed, after the one with `after_key`."""
+        """A page of blocks, in the order of the index, after the one with `after_key`."""
         return self.keeper.block_uses(self._ledger.space(namespace_id), after_key, count_max)
 
     async def flush(self, timeout_s: float) -> tuple[int, int]:

@@ -141,13 +141,9 @@ def namespace_uses(ledger: Ledger) -> list[NamespaceUse]:
 def block_uses(
     ledger: Ledger, space: Namespace, after_key: bytes, count_max: int
 ) -> list[BlockUse]:
-    """A page of a namespace's blocks, in the order their places were made."""
+    """A page of a namespace's blocks, in the order of the index."""
     uses: list[BlockUse] = []
-    waiting = bool(after_key)
-    for key in space.index:
-        if waiting:
-            waiting = key != after_key
-            continue
+    for key in space.index.after(after_key):
         found = ledger.chains.find(space, key)
         if found is None or not found[0].state[found[1]]:
             continue

@@ -22,6 +22,7 @@ from array import array
 
 from kvtier.block import NamespaceSpec, TierId
 from kvtier.errors import InvalidRequest
+from kvtier.ledger.index import Index
 
 RUN_BLOCKS_MAX = 512
 TIER_COUNT = len(TierId)
@@ -119,7 +120,7 @@ class Namespace:
         self.slot_bytes = slot_bytes
         self.needed_blocks = spec.format.needed_blocks
         self.block_tokens = spec.format.block_tokens
-        self.index: dict[bytes, int] = {}
+        self.index = Index()
         self.orphans: dict[bytes, list[int]] = {}
         self.block_count = 0
         self.placeholder_count = 0

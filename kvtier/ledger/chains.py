@@ -187,10 +187,11 @@ class Chains:
         return tail
 
     def _reindex(self, run: Run) -> None:
-        size, index, keys = run.space.key_size, run.space.index, bytes(run.keys)
+        size, parts, keys = run.space.key_size, run.space.index.parts, bytes(run.keys)
         locator = run.id * RUN_BLOCKS_MAX
         for place in range(len(run)):
-            index[keys[place * size : (place + 1) * size]] = locator + place
+            key = keys[place * size : (place + 1) * size]
+            parts[key[0]][key] = locator + place
 
     def _split_tier(self, run: Run, tail: Run, tier: TierId) -> None:
         if run.held[tier]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvtier.block import Keys, TierId
-from kvtier.errors import InvalidRequest, NotFound, ReservationExpired
+from kvtier.errors import InvalidRequest, ReservationExpired
 from kvtier.ledger import search
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.holdings import COMMITTED, OPEN, TAKEN, Entry, Partial, Reservation
@@ -191,7 +191,7 @@ class Filling:
 
         Raises:
             InvalidRequest: an index out of range or given twice. Nothing was changed.
-            NotFound: an entry was committed before (or its copy is under way).
+            ReservationExpired: an entry was committed before (or its copy is under way).
         """
         entries = reservation.entries
         if indexes is None:
@@ -201,7 +201,7 @@ class Filling:
                 raise InvalidRequest(f"indexes must be distinct and below {len(entries)}")
             chosen = [entries[index] for index in indexes]
         if any(entry.state != OPEN for entry in chosen) or not chosen:
-            raise NotFound("these blocks of the reservation are committed already")
+            raise ReservationExpired("these blocks of the reservation are committed already")
         for entry in chosen:
             entry.state = TAKEN
         return chosen

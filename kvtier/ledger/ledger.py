@@ -38,6 +38,7 @@ from kvtier.ledger import search
 from kvtier.ledger.chain import RUN_BLOCKS_MAX, TIER_COUNT, Namespace, Run
 from kvtier.ledger.chains import Chains
 from kvtier.ledger.holdings import Lease
+from kvtier.ledger.index import Index
 from kvtier.ledger.policy import make_policy
 from kvtier.ledger.search import Span
 from kvtier.ledger.slots import SlotClass, TierSlots
@@ -501,7 +502,7 @@ class Ledger:
                 run.pins = 0
                 self._condemned.append(run.id)
         space.epoch += 1
-        space.index, space.orphans = {}, {}
+        space.index, space.orphans = Index(), {}
         space.forget_notes()
         space.block_count = space.placeholder_count = 0
         self.evicted_blocks += count

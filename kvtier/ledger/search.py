@@ -26,7 +26,7 @@ _GAPS_MAX = 16
 
 def is_ready(space: Namespace, runs: dict[int, Run], key: bytes) -> bool:
     """Whether some tier has the block."""
-    locator = space.index.get(key)
+    locator = space.index.parts[key[0]].get(key)
     if locator is None:
         return False
     return runs[locator // RUN_BLOCKS_MAX].state[locator % RUN_BLOCKS_MAX] != 0
@@ -68,10 +68,11 @@ def back_to(
 ) -> tuple[list[Span], int]:
     """Spans of blocks first..last, in order, and -1; or no spans and the index of the last gap."""
     spans: list[Span] = []
-    packed, size, index = keys.packed, keys.size, space.index
+    packed, size, parts = keys.packed, keys.size, space.index.parts
     at = last
     while at >= first:
-        locator = index.get(packed[at * size : (at + 1) * size])
+        key = packed[at * size : (at + 1) * size]
+        locator = parts[key[0]].get(key)
         if locator is None:
             return [], at
         run, place = runs[locator // RUN_BLOCKS_MAX], locator % RUN_BLOCKS_MAX

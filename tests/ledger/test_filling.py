@@ -206,7 +206,7 @@ def test_a_commit_is_made_once() -> None:
         with pytest.raises(InvalidRequest):
             books.filling.begin_commit(reservation, indexes)
     books.commit(offer, [1])
-    with pytest.raises(NotFound, match="committed already"):
+    with pytest.raises(ReservationExpired, match="committed already"):
         books.filling.begin_commit(reservation, [0, 1])
     assert books.found(space, chain("a", 1)) == 0, "the refused call began nothing"
     books.commit(offer)
