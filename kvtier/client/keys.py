@@ -37,4 +37,3 @@ def packed_keys(keys: KeysLike) -> Keys:
     if distinct_count != len(keys):
         raise InvalidRequest("the same key is given twice in one call")
     return Keys(packed, lengths.pop())
-

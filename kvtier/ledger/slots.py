@@ -29,14 +29,19 @@ SlotClass = tuple[str, int]  # tenant, slot size in bytes
 
 
 class Segment:
-    """One segment: its owner class, free slots (a stack) and the run that holds each slot."""
+    """One segment: its owner class, its free slots and the run that holds each slot.
+
+    Free are the slots from index `fresh` on, which were not handed out since the segment was owned,
+    and those in `returned` (a stack): so that owning one need not list all of them.
+    """
 
     __slots__ = (
-        "free",
+        "fresh",
         "home",
         "in_use",
         "index",
         "owner_runs",
+        "returned",
         "slot_class",
         "slot_count",
         "used",
@@ -48,9 +53,23 @@ class Segment:
         self.home: str | None = None  # tenant whose clients may still map it
         self.slot_count = 0
         self.used = 0
-        self.free = array("I")
+        self.fresh = 0
+        self.returned = array("I")
         self.in_use = bytearray()  # 1 = handed out: a second release must not pass
         self.owner_runs = array("Q")
+
+    def take(self, count: int) -> array[int]:
+        """`count` free slots (there are as many), in use now: returned ones first."""
+        taken = self.returned[-count:]
+        del self.returned[-count:]
+        fresh = count - len(taken)
+        first = self.index << SLOT_BITS | self.fresh
+        taken.extend(range(first, first + fresh))
+        self.fresh += fresh
+        for slot in taken:
+            self.in_use[slot & _INDEX_MASK] = 1
+        self.used += count
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +136,9 @@ class TierSlots:
             opened = self._open.get(slot_class)
             index = next(iter(opened)) if opened else self._own(slot_class)
             segment = self.segments[index]
-            part = min(count - len(taken), len(segment.free))
-            for slot in segment.free[-part:]:
-                segment.in_use[slot & _INDEX_MASK] = 1
-            taken.extend(segment.free[-part:])
-            del segment.free[-part:]
-            segment.used += part
-            if not segment.free:
+            part = min(count - len(taken), segment.slot_count - segment.used)
+            taken.extend(segment.take(part))
+            if segment.used == segment.slot_count:
                 del self._open[slot_class][index]
         self._open_slots[slot_class] -= count
         self._count(tenant, count * slot_bytes)
@@ -147,8 +162,6 @@ class TierSlots:
         segment.slot_class = slot_class
         segment.home = tenant if self.homes else None
         segment.slot_count = self.slots_per_segment(slot_bytes)
-        first = index << SLOT_BITS
-        segment.free = array("I", range(first + segment.slot_count - 1, first - 1, -1))
         segment.in_use = bytearray(segment.slot_count)
         segment.owner_runs = array("Q", bytes(8 * segment.slot_count))
         self._open.setdefault(slot_class, {})[index] = None
@@ -178,34 +191,35 @@ class TierSlots:
             if len(once) < len(claimed):
                 # Which of two claims to one slot is true cannot be told here: neither is believed.
                 once = {slot for slot, count in Counter(claimed).items() if count == 1}
-            first = index << SLOT_BITS
             if segment.slot_class is None:
-                free = set(range(first, first + self.slots_per_segment(slot_class[1])))
+                taken = {s for s in once if s & _INDEX_MASK < self.slots_per_segment(slot_class[1])}
             else:
-                free = set(segment.free) if segment.slot_class == slot_class else set()
-            taken = free & once
+                taken = {
+                    s for s in once if segment.slot_class == slot_class and _is_free(segment, s)
+                }
             refused.update(slot for slot in claimed if slot not in taken)
             if taken and segment.slot_class is None:
                 self._free_segments.remove(index)
                 self._open_as(index, slot_class)
-            self._take_particular(segment, free - taken, taken, slot_class)
+            self._take_particular(segment, taken, slot_class)
         return refused
 
     def _fits(self, slot_bytes: int) -> bool:
         return 0 < slot_bytes <= self.plan.size_bytes
 
-    def _take_particular(
-        self, segment: Segment, left: set[int], taken: set[int], slot_class: SlotClass
-    ) -> None:
+    def _take_particular(self, segment: Segment, taken: set[int], slot_class: SlotClass) -> None:
         if not taken:
             return
         count = len(taken)
         for slot in taken:
             segment.in_use[slot & _INDEX_MASK] = 1
-        segment.free = array("I", sorted(left, reverse=True))
+        first = segment.index << SLOT_BITS
+        segment.fresh = max(segment.fresh, 1 + max(slot & _INDEX_MASK for slot in taken))
+        below = range(segment.fresh - 1, -1, -1)
+        segment.returned = array("I", [first | at for at in below if not segment.in_use[at]])
         segment.used += count
         self._open_slots[slot_class] -= count
-        if not left:
+        if segment.used == segment.slot_count:
             del self._open[slot_class][segment.index]
         self._count(slot_class[0], count * slot_class[1])
 
@@ -219,9 +233,9 @@ class TierSlots:
             if not segment.in_use[slot & _INDEX_MASK]:
                 raise InvariantViolated(f"slot {slot:#x} released but not in use")
             segment.in_use[slot & _INDEX_MASK] = 0
-            if not segment.free:
+            if segment.used == segment.slot_count:
                 self._open.setdefault(slot_class, {})[segment.index] = None
-            segment.free.append(slot)
+            segment.returned.append(slot)
             segment.owner_runs[slot & _INDEX_MASK] = 0
             segment.used -= 1
             self._open_slots[slot_class] += 1
@@ -230,13 +244,14 @@ class TierSlots:
                 self._disown(segment, slot_class)
 
     def _disown(self, segment: Segment, slot_class: SlotClass) -> None:
-        if len(segment.free) != segment.slot_count:
+        if len(segment.returned) != segment.fresh:
             raise InvariantViolated(f"segment {segment.index} lost or doubled a slot")
         del self._open[slot_class][segment.index]
         self._open_slots[slot_class] -= segment.slot_count
         segment.slot_class = None
         segment.slot_count = 0
-        segment.free = array("I")
+        segment.fresh = 0
+        segment.returned = array("I")
         segment.in_use = bytearray()
         segment.owner_runs = array("Q")
         self._free_segments.append(segment.index)
@@ -276,21 +291,23 @@ class TierSlots:
         open_slots: dict[SlotClass, int] = {}
         for segment in self.segments:
             if segment.slot_class is None:
-                if segment.used or len(segment.free):
+                if segment.used or segment.fresh or len(segment.returned):
                     raise InvariantViolated(f"free segment {segment.index} has slots")
                 continue
             if not segment.used:
                 raise InvariantViolated(f"segment {segment.index} is owned but holds nothing")
             if segment.in_use.count(1) != segment.used:
                 raise InvariantViolated(f"segment {segment.index}: slots in use are miscounted")
-            if len(segment.free) + segment.used != segment.slot_count:
+            returned = {slot & _INDEX_MASK for slot in segment.returned}
+            if len(segment.returned) + segment.used != segment.fresh:
                 raise InvariantViolated(f"segment {segment.index}: free + used != slots")
-            if len(set(segment.free)) != len(segment.free):
+            if len(returned) != len(segment.returned):
                 raise InvariantViolated(f"segment {segment.index}: a slot is free twice")
+            if any(segment.in_use[at] for at in returned) or any(segment.in_use[segment.fresh :]):
+                raise InvariantViolated(f"segment {segment.index}: a slot is free and in use")
             used_bytes += segment.used * segment.slot_class[1]
-            open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + len(
-                segment.free
-            )
+            free = segment.slot_count - segment.used
+            open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + free
         if used_bytes != self.used_bytes:
             raise InvariantViolated(f"{used_bytes} bytes used, {self.used_bytes} in the books")
         for slot_class, count in self._open_slots.items():
@@ -303,3 +320,8 @@ class TierSlots:
             f"<TierSlots {self.plan.tier.label}: {counts.used_slots} slots used, "
             f"{counts.segments_used} of {self.plan.count} segments>"
         )
+
+
+def _is_free(segment: Segment, slot: int) -> bool:
+    index = slot & _INDEX_MASK
+    return index < segment.slot_count and not segment.in_use[index]

@@ -178,7 +178,11 @@ def test_a_key_committed_twice(daemon: Daemon, client: Client, space: Space, raw
         assert reservation.commit(reservation.blocks[:1]) == CommitResult(1, 0, 0)
         with unharmed(daemon, space):  # the same block of one reservation
             raw.refuses(
-                "Commit", ReservationExpired, "committed already", reservation_id=number, indexes=bytes(4)
+                "Commit",
+                ReservationExpired,
+                "committed already",
+                reservation_id=number,
+                indexes=bytes(4),
             )
             bad = (1).to_bytes(4, "little") * 2
             raw.refuses("Commit", InvalidRequest, "distinct", reservation_id=number, indexes=bad)
