@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 from kvtier import native
@@ -37,7 +39,7 @@ from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
 from kvtier.ledger.ledger import Erasure, Ledger
-from kvtier.ledger.moves import Moves
+from kvtier.ledger.moves import PLANNED_MAX, Moves
 from kvtier.ledger.recovery import Claim, restore
 from kvtier.ledger.search import Span, all_in
 from kvtier.progress import EventRing, Progress
@@ -69,6 +71,7 @@ _CLOSED_S = 5.0
 # by the first moves.
 _BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
 _PROMOTE_MOVES_MAX = 512
+_DIRTY_RUNS_MAX = 4096  # looked at for one turn of a flush
 _DURABLE_S = 60.0  # a durable commit that waits longer for the SSD tier is told so
 
 
@@ -138,6 +141,7 @@ class Keeper:
         self._closed_until_s: dict[TierId, float] = {}
         self._copied_down = 0
         self._starving = False
+        self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
         self._wipes_failed = 0
 
     def reconfigure(self, config: Config) -> None:
@@ -177,7 +181,16 @@ class Keeper:
         return keeper
 
     async def _recover(self, ssd: SsdTier) -> None:
-        records = await self.in_thread(ssd.recover)
+        # Millions of objects that all stay: collecting meanwhile doubles the time.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            await self._restore(ssd, await self.in_thread(ssd.recover))
+        finally:
+            if collects:
+                gc.enable()
+
+    async def _restore(self, ssd: SsdTier, records: list[SlotRecord]) -> None:
         spaces: dict[bytes, Namespace] = {}
         for digest, descriptor, epoch in ssd.namespaces():
             try:
@@ -243,6 +256,8 @@ class Keeper:
                 if self._sweeping is not None:
                     self._sweeping.result()
                 self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
+            # Waiting for what is set already lets nobody else run.
+            await asyncio.sleep(0)
 
     async def _sweep(self) -> None:
         """Erases and recycles what is to be; has the tending task look again if more came."""
@@ -284,9 +299,21 @@ class Keeper:
     def _hold_water_marks(self) -> None:
         for tier in self.ledger.tiers:
             section = self.config.tiers.dram if tier is not TierId.SSD else self.config.tiers.ssd
-            capacity = self.ledger.slots[tier].capacity_bytes
+            low_bytes = int(section.low_water * self.ledger.slots[tier].capacity_bytes)
             if self.ledger.used_share(tier) > section.high_water:
-                self.mover.submit(self.moves.shrink_to(tier, int(section.low_water * capacity)))
+                self._shrinking.add(tier)
+            if tier in self._shrinking:
+                self._shrink(tier, low_bytes)
+
+    def _shrink(self, tier: TierId, used_bytes: int) -> None:
+        """A turn's part of it. Over when the low-water mark is reached, or nothing more gives."""
+        before = self.moves.excess_bytes(tier, used_bytes)
+        self.mover.submit(self.moves.shrink_to(tier, used_bytes))
+        excess = self.moves.excess_bytes(tier, used_bytes)
+        if excess <= 0 or (excess == before and not self.moves.is_full):
+            self._shrinking.discard(tier)
+        elif excess < before:
+            self._woken.set()
 
     def make_room(self, space: Namespace, block_count: int) -> bool:
         """Starts making room for that many blocks in DRAM; wakes waiters when there is some.
@@ -414,16 +441,22 @@ class Keeper:
         self.ledger.erased(erasures)
         self.progress.notify()
 
-    async def erase_for_good(self, space: Namespace, keys: Iterable[bytes]) -> None:
-        """Returns when nothing of these blocks can come back, not even by moves under way.
+    def moves_of(self, space: Namespace, keys: Iterable[bytes]) -> list[int]:
+        """Moves of these blocks that are under way."""
+        running = self.moves.by_target
+        targets = ((space.id, key, tier) for key in keys for tier in self.ledger.tiers)
+        return [running[target] for target in targets if target in running]
+
+    async def erase_for_good(self, moves: Collection[int]) -> None:
+        """Returns when nothing of what was evicted can come back, not even by these moves, which
+        were under way.
 
         Raises TierFailed when the SSD tier could not promise that.
         """
         if self.ssd is None:
             return
         failed_before = self._wipes_failed
-        targets = [(space.id, key, tier) for key in keys for tier in self.ledger.tiers]
-        while any(target in self.moves.by_target for target in targets):
+        while any(move in self.moves.moves for move in moves):
             await self.progress.wait(_TICK_S)
         with contextlib.suppress(TierFailed):
             await self._erase_pending()
@@ -462,6 +495,9 @@ class Keeper:
                 break
             moves = self.moves.copy_down(iter(missing.values()), len(keys))
             self.mover.submit(moves)
+            if len(moves) == PLANNED_MAX:
+                await asyncio.sleep(0)
+                continue
             if not moves and not moving and lower in self.ledger.closed_tiers:
                 raise TierFailed("the SSD tier takes no writes now: the blocks are in memory only")
             if self._stopping:
@@ -488,13 +524,24 @@ class Keeper:
         if self.ssd is None:
             return 0, self.ledger.dirty_blocks()
         while self.ledger.dirty_blocks() and TierId.SSD not in self.ledger.closed_tiers:
-            runs = list(self.ledger.chains.runs.values())
-            self.mover.submit(self.moves.copy_down(iter(runs), self.moves.in_flight_max))
+            moves = self._copy_dirty(_DIRTY_RUNS_MAX)
+            if not moves and self.mover.is_idle:
+                moves = self._copy_dirty(None)  # those looked at fit no segment below: any others?
+            if len(moves) == PLANNED_MAX and self.now_s() < until_s:
+                await asyncio.sleep(0)
+                continue
             if self.now_s() >= until_s or (self.mover.is_idle and not self.ledger.is_erasing):
                 break
             await self.progress.wait(until_s - self.now_s())
         await self.in_thread(self.ssd.sync)
         return self._copied_down - before, self.ledger.dirty_blocks()
+
+    def _copy_dirty(self, runs_max: int | None) -> list[Move]:
+        chains = self.ledger.chains
+        runs = [chains.runs[run_id] for run_id in islice(chains.dirty, runs_max)]
+        moves = self.moves.copy_down(iter(runs), PLANNED_MAX)
+        self.mover.submit(moves)
+        return moves
 
     async def close(self, *, grace_s: float) -> None:
         """Flushes within the grace, waits for bytes in flight, closes the tiers in order."""

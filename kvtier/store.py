@@ -49,6 +49,7 @@ from kvtier.errors import (
 )
 from kvtier.keeper import Keeper
 from kvtier.ledger.chain import Namespace
+from kvtier.ledger.filling import RESERVE_KEYS_MAX
 from kvtier.ledger.holdings import Entry, Lease, Reservation
 from kvtier.ledger.ledger import segments_of
 from kvtier.ledger.search import Span
@@ -442,8 +443,8 @@ class Store:
         shard: int,
         deadline_s: float,
     ) -> ReserveGrant:
-        """Room for the longest prefix of `keys` that finds some; waits for room while demotion
-        makes it, and holds nothing while it waits.
+        """Room for the longest prefix of `keys` (of those looked at: `covered_count`) that finds
+        some; waits for room while demotion makes it, and holds nothing while it waits.
 
         Raises:
             TierFull: not one block found room by the deadline (seconds from now).
@@ -458,6 +459,7 @@ class Store:
                 "(limits.reservations_per_session_max): commit or abort some"
             )
         until_s = self.keeper.now_s() + deadline_s
+        looked_at = min(len(keys), RESERVE_KEYS_MAX)
         while True:
             if self.keeper.draining:
                 raise DaemonUnavailable("the daemon is draining: it takes no stores")
@@ -476,11 +478,11 @@ class Store:
             if offer.reservation is not None:
                 table = self._place(session, offer.reservation)
                 break
-            if offer.covered_count == len(keys):
-                return ReserveGrant(0, (), len(keys), offer.present_count, None)
+            if offer.covered_count == looked_at:
+                return ReserveGrant(0, (), looked_at, offer.present_count, None)
             await self._wait_for_room(session, space, until_s, keys)
-        if offer.covered_count < len(keys):
-            self.keeper.make_room(space, len(keys) - offer.covered_count)
+        if offer.covered_count < looked_at:
+            self.keeper.make_room(space, looked_at - offer.covered_count)
         return ReserveGrant(
             offer.reservation.id, offer.granted, offer.covered_count, offer.present_count, table
         )
@@ -674,16 +676,20 @@ class Store:
         readable, hidden, until their leases end. `session` None = the operator.
         """
         space = self._space(session, query.namespace_id)
-        gone: list[bytes] = []
+        count = 0
+        moves: list[int] = []
         for part in query.keys.parts(_EVICT_KEYS):
-            now_gone = self._ledger.evict(space, part)
-            if now_gone:
-                self.keeper.wake()
-                self.keeper.events.add(EventKind.REMOVED, space, keys=now_gone)
-            gone.extend(now_gone)
-            await asyncio.sleep(0)
-        await self.keeper.erase_for_good(space, gone)
-        return len(gone)
+            done = False
+            while not done:
+                gone, done = self._ledger.evict_some(space, part)
+                if gone:
+                    count += len(gone)
+                    moves += self.keeper.moves_of(space, gone)
+                    self.keeper.wake()
+                    self.keeper.events.add(EventKind.REMOVED, space, keys=gone)
+                await asyncio.sleep(0)
+        await self.keeper.erase_for_good(moves)
+        return count
 
     async def clear_namespace(self, session: Session | None, namespace_id: int) -> tuple[int, int]:
         """(new epoch, blocks forgotten). Durable before it returns."""

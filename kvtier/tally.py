@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvtier.block import Found, Keys, Reason, TierId
 from kvtier.counts import BlockUse, NamespaceUse, RouteUse, SessionUse, TierUse
-from kvtier.ledger.chain import Namespace
+from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 from kvtier.session import Session
 from kvtier.transfer.mover import Mover
@@ -141,27 +141,38 @@ def namespace_uses(ledger: Ledger) -> list[NamespaceUse]:
 def block_uses(
     ledger: Ledger, space: Namespace, after_key: bytes, count_max: int
 ) -> list[BlockUse]:
-    """A page of a namespace's blocks, in the order of the index."""
+    """A page of a namespace's blocks, chain after chain, behind the one with `after_key`; none
+    when that one is gone meanwhile.
+    """
+    after = ledger.chains.find(space, after_key) if after_key else None
+    if after_key and after is None:
+        return []
+    after_run, after_place = (after[0].id, after[1]) if after else (0, -1)
+    runs = ledger.chains.runs
     uses: list[BlockUse] = []
-    for key in space.index.after(after_key):
-        found = ledger.chains.find(space, key)
-        if found is None or not found[0].state[found[1]]:
+    for run_id in sorted(run_id for run_id in runs if run_id >= after_run):
+        run = runs[run_id]
+        if run.space is not space:
             continue
-        run, place = found
-        uses.append(
-            BlockUse(
-                key=key,
-                parent=run.parent_of(place),
-                position=run.position + place,
-                tiers=tuple(tier for tier in ledger.tiers if run.state[place] >> tier & 1),
-                size_bytes=space.spec.format.size_bytes,
-                lease_count=len(run.leases or ()),
-                pin_count=run.pins,
-            )
-        )
-        if len(uses) == count_max:
-            break
+        first = after_place + 1 if run_id == after_run else 0
+        for place in range(first, len(run)):
+            if run.state[place]:
+                uses.append(_block_use(ledger, run, place))
+                if len(uses) == count_max:
+                    return uses
     return uses
+
+
+def _block_use(ledger: Ledger, run: Run, place: int) -> BlockUse:
+    return BlockUse(
+        key=run.key(place),
+        parent=run.parent_of(place),
+        position=run.position + place,
+        tiers=tuple(tier for tier in ledger.tiers if run.state[place] >> tier & 1),
+        size_bytes=run.space.spec.format.size_bytes,
+        lease_count=len(run.leases or ()),
+        pin_count=run.pins,
+    )
 
 
 def session_uses(sessions: Iterable[Session], now_s: float) -> tuple[SessionUse, ...]:

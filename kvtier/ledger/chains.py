@@ -38,6 +38,10 @@ class Chains:
         self.runs: dict[int, Run] = {}
         self.slots = slots
         self.policies = policies
+        # Blocks that only the first tier has: how many, by run (dead ones left out), and in all.
+        self.dirty: dict[int, int] = {}
+        self.dirty_count = 0
+        self._only_top = 1 << min(slots)
         self._on_split = on_split
         self._last_id = 0
 
@@ -130,6 +134,8 @@ class Chains:
         space.block_count += len(keys)
         first = run.id * RUN_BLOCKS_MAX
         space.index.update(zip(keys, range(first, first + len(keys)), strict=True))
+        if 1 << tier == self._only_top:
+            self._count_dirty(run, len(keys))
         self.policies[tier].add(run.id)
         self.slots[tier].set_owner(slots, run.id)
         if at_parent is not None:
@@ -181,6 +187,10 @@ class Chains:
         for tier_id in self.slots:
             self._split_tier(run, tail, tier_id)
         tail.pins, tail.condemned = run.pins, run.condemned
+        dirty = tail.state.count(self._only_top) if run.id in self.dirty else 0
+        if dirty:
+            self._count_dirty(run, -dirty)
+            self._count_dirty(tail, dirty)
         if run.leases:
             tail.leases = set(run.leases)
             self._on_split(run, tail)
@@ -279,10 +289,15 @@ class Chains:
         held[first:end] = array("I", slots)
         if checksums is not None:
             run.checksums[first:end] = array("Q", checksums)
-        if not run.state[place]:
+        before = run.state[place]
+        if not before:
             space.placeholder_count -= 1
             space.block_count += 1
-        run.state[place] |= bit
+        run.state[place] = before | bit
+        if bit == self._only_top and not before:
+            self._count_dirty(run, 1)
+        elif before == self._only_top:
+            self._count_dirty(run, -1)
         run.held[tier] += 1
         if run.held[tier] == 1:
             self.policies[tier].add(run.id)
@@ -298,10 +313,15 @@ class Chains:
         space, bit = run.space, 1 << tier
         assert run.state[place] & bit, "no copy to drop"
         slots = run.slots_of(place, tier)
-        run.state[place] &= ~bit
-        if not run.state[place]:
+        left = run.state[place] & ~bit
+        run.state[place] = left
+        if not left:
             space.placeholder_count += 1
             space.block_count -= 1
+            if bit == self._only_top:
+                self._count_dirty(run, -1)
+        elif left == self._only_top:
+            self._count_dirty(run, 1)
         run.held[tier] -= 1
         if not run.held[tier]:
             run.slots[tier] = None
@@ -310,6 +330,21 @@ class Chains:
                 self._count_below(self.runs[run.parent], tier, -1)
         self.slots[tier].set_owner(slots, 0)
         return slots
+
+    def _count_dirty(self, run: Run, delta: int) -> None:
+        if run.condemned:
+            return
+        self.dirty_count += delta
+        count = self.dirty.get(run.id, 0) + delta
+        if count:
+            self.dirty[run.id] = count
+        else:
+            del self.dirty[run.id]
+
+    def condemn(self, run: Run, ghost: Namespace) -> None:
+        """The run's namespace begins a new epoch without it: it belongs to the ghost of the old."""
+        self.dirty_count -= self.dirty.pop(run.id, 0)
+        run.space, run.condemned, run.pins = ghost, True, 0
 
     def touch(self, run: Run) -> None:
         """The run was used now. For a chain: call it from its end to its start."""
@@ -326,6 +361,8 @@ class Chains:
             self._check_run(run)
             for tier in self.slots:
                 held_runs[tier] += bool(run.held[tier])
+        if self.dirty_count != sum(self.dirty.values()) or not self.dirty.keys() <= self.runs.keys():
+            raise InvariantViolated(f"{self.dirty_count} dirty blocks, by run: {self.dirty}")
         for tier, policy in self.policies.items():
             if len(policy) != held_runs[tier]:
                 raise InvariantViolated(f"{tier.label}: policy orders {len(policy)} runs")
@@ -344,6 +381,9 @@ class Chains:
                 raise InvariantViolated(f"{run!r}: below in {tier.label} is wrong")
             if any(child.parent != run.id for child in children):
                 raise InvariantViolated(f"{run!r}: a child knows another parent")
+        dirty = 0 if run.condemned else run.state.count(self._only_top)
+        if self.dirty.get(run.id, 0) != dirty:
+            raise InvariantViolated(f"{run!r}: {dirty} blocks are only in the first tier")
         if run.condemned:
             return
         for place in range(len(run)):

@@ -24,6 +24,9 @@ from kvtier.ledger.chain import Namespace
 from kvtier.ledger.holdings import COMMITTED, OPEN, TAKEN, Entry, Partial, Reservation
 from kvtier.ledger.ledger import Ledger
 
+# More would hold up everybody else for longer (DESIGN section 9); the client asks for the rest.
+RESERVE_KEYS_MAX = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -68,12 +71,14 @@ class Filling:
         deadline_s: float,
     ) -> Offer:
         """Grants the longest prefix of `keys` for which there is room: at most `count_max` blocks
-        to fill, present ones skipped. With nothing granted, nothing is held.
+        to fill, present ones skipped. Looks at the first RESERVE_KEYS_MAX keys only. With nothing
+        granted, nothing is held.
 
         Raises:
             InvalidRequest: a key is given twice, a key of another length, no such shard.
         """
         space.accept_key_size(keys.size)
+        keys = next(keys.parts(RESERVE_KEYS_MAX))
         keys.check_distinct()
         if parent and len(parent) != keys.size:
             raise InvalidRequest(f"parent of {len(parent)} bytes with keys of {keys.size}")

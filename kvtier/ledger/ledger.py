@@ -451,26 +451,61 @@ class Ledger:
         """Forgets these blocks and all their descendants, leased or not (a lease keeps the bytes,
         hidden, until it ends). Returns the keys forgotten.
         """
+        gone: list[bytes] = []
+        done = False
+        while not done:
+            part, done = self.evict_some(space, keys)
+            gone += part
+        return gone
+
+    def evict_some(
+        self, space: Namespace, keys: Keys, blocks_max: int = 256
+    ) -> tuple[list[bytes], bool]:
+        """A part of evict: descendants go first. Returns the keys forgotten and whether that was
+        all; if not, call it again.
+        """
         space.accept_key_size(keys.size)
         gone: list[bytes] = []
+        left = blocks_max
         for key in keys.split():
-            found = self.chains.find(space, key)
-            if found is None:
-                # Not here itself, but blocks that came without it may be: they are below it.
-                roots = [self.chains.runs[orphan] for orphan in space.orphans.get(key, ())]
-            else:
-                run, place = found
-                roots = [self.chains.split(run, place) if place else run]
-            subtree = [member for root in roots for member in self.chains.subtree(root)]
-            for member in reversed(subtree):
-                gone.extend(member.key(p) for p in range(len(member)) if member.state[p])
-                self.forget(member, range(len(member)), EVICTED)
-            for member in reversed(subtree):
-                if member.id in self.chains.runs:
-                    member.pins = 0
-                    self.chains.trim(member, EVICTED)
+            while (root := self._evicted_root(space, key)) is not None:
+                left -= self._evict_below(root, left, gone)
+                if left <= 0:
+                    break
+            if left <= 0:
+                break
         self.evicted_blocks += len(gone)
-        return gone
+        return gone, left > 0
+
+    def _evicted_root(self, space: Namespace, key: bytes) -> Run | None:
+        """A run that begins with what is to be evicted with this key; None = nothing is left."""
+        found = self.chains.find(space, key)
+        if found is not None:
+            run, place = found
+            return self.chains.split(run, place) if place else run
+        # Not here itself, but blocks that came without it may be: they are below it.
+        orphans = space.orphans.get(key)
+        return self.chains.runs[orphans[0]] if orphans else None
+
+    def _evict_below(self, root: Run, blocks_max: int, gone: list[bytes]) -> int:
+        """Forgets up to so many places at the ends of the root's subtree, the root's last. Returns
+        how many; adds the keys of those that were blocks to `gone`.
+        """
+        runs, left, run = self.chains.runs, blocks_max, root
+        while left > 0 and root.id in runs:
+            while run.children:
+                run = runs[next(iter(run.children))]
+            first = max(0, len(run) - left)
+            places = range(first, len(run))
+            left -= len(places)
+            gone.extend(run.key(place) for place in places if run.state[place])
+            self.forget(run, places, EVICTED)
+            run.pins = 0
+            above = run.parent
+            self.chains.trim(run, EVICTED)
+            # Not from the root again: a deep subtree would be walked once for each of its ends.
+            run = root if run is root else runs.get(above, root)
+        return blocks_max - left
 
     def lose(self, space: Namespace, key: bytes, tier: TierId) -> None:
         """A copy turned out damaged: it is dropped and never served. Its place stays while
@@ -497,9 +532,7 @@ class Ledger:
         ghost.block_count, ghost.placeholder_count = count, space.placeholder_count
         for run in self.chains.runs.values():
             if run.space is space:
-                run.space = ghost
-                run.condemned = True
-                run.pins = 0
+                self.chains.condemn(run, ghost)
                 self._condemned.append(run.id)
         space.epoch += 1
         space.index, space.orphans = Index(), {}
@@ -565,11 +598,7 @@ class Ledger:
 
     def dirty_blocks(self) -> int:
         """Blocks with a copy in the first tier and in none below."""
-        top = 1 << self.top
-        runs = self.chains.runs
-        return sum(
-            runs[run_id].state.count(top) for run_id in self.chains.policies[self.top].order()
-        )
+        return self.chains.dirty_count
 
     def check(self, *, held: dict[TierId, int] | None = None) -> None:
         """Raises InvariantViolated when the books disagree. `held`: slots that reservations,

@@ -25,6 +25,12 @@ from kvtier.ledger.givers import Givers
 from kvtier.ledger.ledger import DISPLACED, Ledger
 from kvtier.ledger.search import Span
 
+# One call plans no more moves, and takes no more blocks, than the event loop can spare the time
+# for (DESIGN section 9: no pause over 5 ms; 40 us a move, 10 us a copy dropped). Callers come
+# again.
+PLANNED_MAX = 64
+TAKEN_MAX = 256
+
 
 class Moves:
     """Planned and running moves of one ledger. Event loop only."""
@@ -36,21 +42,28 @@ class Moves:
         self.by_target: dict[tuple[int, bytes, TierId], int] = {}
         self._givers = Givers(ledger)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many moves run as may."""
+        return len(self.moves) >= self.in_flight_max
+
     # --- room
 
     def make_room(self, tier: TierId, space: Namespace, count: int) -> list[Move]:
         """Frees room for `count` slots of this namespace's size in the tier, now or when the
-        returned moves (and erasures) are done. May free less: ask again after progress.
+        returned moves (and erasures) are done. May free less, and takes a bounded number of blocks
+        at a time: ask again after progress.
         """
         tenant, slot_bytes = space.tenant, space.slot_bytes[tier]
         moves: list[Move] = []
-        short = count - self._expected(tier, tenant, slot_bytes)
-        if short <= 0:
+        expected = self._expected(tier, tenant, slot_bytes)
+        wanted = min(count, expected + TAKEN_MAX * space.shards)
+        if expected >= wanted:
             return moves
         for run in self._givers.candidates(tier, (tenant, slot_bytes)):
-            self._take_from(run, tier, short, moves)
-            short = count - self._expected(tier, tenant, slot_bytes)
-            if short <= 0:
+            self._take_from(run, tier, wanted - expected, moves)
+            expected = self._expected(tier, tenant, slot_bytes)
+            if expected >= wanted or len(moves) >= PLANNED_MAX:
                 return moves
         # Fewer slots than a block has shards are no room at all.
         if self._ledger.slots[tier].available(tenant, slot_bytes) < space.shards:
@@ -65,29 +78,39 @@ class Moves:
 
     def shrink_to(self, tier: TierId, used_bytes: int) -> list[Move]:
         """Demotes (or forgets) until the tier's used bytes, less what is leaving or being erased,
-        are there. Takes nothing of a tenant's guaranteed share.
+        are there. Takes nothing of a tenant's guaranteed share, and a bounded number of blocks at a
+        time: ask again while `excess_bytes` shrinks.
         """
         moves: list[Move] = []
-        slots = self._ledger.slots[tier]
+        left = TAKEN_MAX
         for run in self._givers.candidates(tier):
             tenant, slot_bytes = run.space.tenant, run.space.slot_bytes[tier]
-            # Slots whose records are being erased are used still: without them in the sum, each
-            # run in turn would be asked for the whole excess.
-            excess = slots.used_bytes - self._givers.going_bytes(tier, None) - used_bytes
-            if excess <= 0 or len(self.moves) >= self.in_flight_max:
+            excess = self.excess_bytes(tier, used_bytes)
+            if excess <= 0 or self.is_full or len(moves) >= PLANNED_MAX or left <= 0:
                 break
             count = min(
-                -(-excess // slot_bytes), self._givers.spare_bytes(tier, tenant) // slot_bytes
+                -(-excess // slot_bytes),
+                self._givers.spare_bytes(tier, tenant) // slot_bytes,
+                left * run.space.shards,
             )
-            self._take_from(run, tier, count, moves)
+            left -= self._take_from(run, tier, count, moves)
         return moves
 
-    def _take_from(self, run: Run, tier: TierId, slot_count: int, moves: list[Move]) -> None:
-        """Takes blocks from the run's end until `slot_count` slots are (to be) free."""
-        ledger, shards = self._ledger, run.space.shards
+    def excess_bytes(self, tier: TierId, used_bytes: int) -> int:
+        """How much more the tier uses than that, and will when all that is leaving has left."""
+        # Slots whose records are being erased are used still: without them in the sum, each run in
+        # turn would be asked for the whole excess.
+        going = self._givers.going_bytes(tier, None)
+        return self._ledger.slots[tier].used_bytes - going - used_bytes
+
+    def _take_from(self, run: Run, tier: TierId, slot_count: int, moves: list[Move]) -> int:
+        """Takes blocks from the run's end until `slot_count` slots are (to be) free. Returns how
+        many blocks.
+        """
+        ledger, shards, taken = self._ledger, run.space.shards, 0
         bit, lower = 1 << tier, self._next_below(tier, run.space)
         for place in range(len(run) - 1, ledger.leased_end(run) - 1, -1):
-            if slot_count <= 0:
+            if slot_count <= 0 or len(moves) >= PLANNED_MAX:
                 break
             state = run.state[place]
             if not state & bit:
@@ -109,7 +132,9 @@ class Moves:
                     break
                 moves.append(move)
             slot_count -= shards
+            taken += 1
         ledger.chains.trim(run, DISPLACED)
+        return taken
 
     def _next_below(self, tier: TierId, space: Namespace) -> TierId | None:
         """The next tier down that takes copies of this size now; None = this is the last."""
@@ -150,7 +175,11 @@ class Moves:
             if best is None or newest < best[0]:
                 best = (newest, segment.index)
         if best is not None:
+            before = slots.segments[best[1]].used
             for owner in list(slots.owners(best[1])):
+                dropped = before - slots.segments[best[1]].used
+                if len(moves) >= PLANNED_MAX or dropped >= TAKEN_MAX * space.shards:
+                    break
                 self._leave_segment(ledger.chains.runs[owner], tier, best[1], moves)
 
     def _leave_segment(self, run: Run, tier: TierId, segment: int, moves: list[Move]) -> None:
@@ -161,6 +190,8 @@ class Moves:
                 continue
             if all(slot >> SLOT_BITS != segment for slot in run.slots_of(place, tier)):
                 continue
+            if len(moves) >= PLANNED_MAX:
+                break
             above = run.state[place] >> (tier + 1)
             if above or run.condemned or (lower is None and not run.pins):
                 self._ledger.free(run, place, tier, DISPLACED)
@@ -181,7 +212,7 @@ class Moves:
         ledger, space = self._ledger, run.space
         key = run.key(place)
         target_key = (space.id, key, route.target)
-        if len(self.moves) >= self.in_flight_max or target_key in self.by_target:
+        if self.is_full or target_key in self.by_target:
             return None
         slots, slot_bytes = ledger.slots[route.target], space.slot_bytes[route.target]
         if slot_bytes > slots.plan.size_bytes:
@@ -259,10 +290,14 @@ class Moves:
         return sum((space.id, keys[at], top) in self.by_target for at in range(first, end))
 
     def copy_down(self, runs: Iterator[Run], count_max: int) -> list[Move]:
-        """Moves that write below what these runs have only in the first tier; ancestors first."""
+        """At most `count_max` (and PLANNED_MAX) moves that write below what these runs have only
+        in the first tier; ancestors first.
+        """
         top = self._ledger.top
         moves: list[Move] = []
         for run in runs:
+            if self.is_full:
+                break
             lower = self._next_below(top, run.space)
             if not run.held[top] or run.condemned or lower is None:
                 continue
@@ -271,9 +306,11 @@ class Moves:
                 if (run.space.id, run.key(place), lower) in self.by_target:
                     continue
                 move = self._plan(run, place, Route(top, lower), drop_source=False)
-                if move is None or len(moves) >= count_max:
-                    return [*moves, move] if move else moves
+                if move is None:
+                    return moves
                 moves.append(move)
+                if len(moves) >= min(count_max, PLANNED_MAX):
+                    return moves
         return moves
 
     # --- telling what became of them

@@ -182,6 +182,7 @@ class TierSlots:
         refused: set[int] = set()
         if not self._fits(slot_class[1]):
             return {slot for claimed in by_segment.values() for slot in claimed}
+        room = self.slots_per_segment(slot_class[1])
         for index, claimed in by_segment.items():
             if index >= len(self.segments):
                 refused.update(claimed)
@@ -192,7 +193,7 @@ class TierSlots:
                 # Which of two claims to one slot is true cannot be told here: neither is believed.
                 once = {slot for slot, count in Counter(claimed).items() if count == 1}
             if segment.slot_class is None:
-                taken = {s for s in once if s & _INDEX_MASK < self.slots_per_segment(slot_class[1])}
+                taken = {slot for slot in once if slot & _INDEX_MASK < room}
             else:
                 taken = {
                     s for s in once if segment.slot_class == slot_class and _is_free(segment, s)
