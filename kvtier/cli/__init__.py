@@ -1,0 +1,1 @@
+"""The `kvtier` command. It speaks to a daemon only through `kvtier.client`."""

@@ -1,0 +1,1 @@
+"""Shipped for authors of tiers and policies: conformance suites, faults, tiny models."""
