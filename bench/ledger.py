@@ -167,7 +167,11 @@ class _Books:
 
     def _forget(self, asked: list[Keys]) -> None:
         for keys in asked[:: max(1, len(asked) // 50)]:
-            self.timed("evict of 512", lambda k=keys: self.ledger.evict(self.space, k))  # type: ignore[misc]
+            done = False
+            while not done:
+                done = self.timed(
+                    "evict turn", lambda k=keys: self.ledger.evict_some(self.space, k)
+                )[1]  # type: ignore[misc]
             self.ledger.erased(self.ledger.take_erasures())
         self.timed(f"clear of {self.space.block_count}", lambda: self.ledger.clear(self.space))
         while self.timed("reap turn", self.ledger.reap):

@@ -17,12 +17,13 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 from kvtier import native
 from kvtier.block import (
     SLOT_BITS,
+    EventKind,
     Found,
     Keys,
     Move,
@@ -221,8 +222,22 @@ class Keeper:
 
     # --- tending
 
+    def tell(
+        self, kind: EventKind, space: Namespace, *, keys: Sequence[bytes] = (), parent: bytes = b""
+    ) -> None:
+        """Tells watchers, of what went away before first."""
+        self.tell_gone()
+        tier = self.ledger.top if kind is EventKind.STORED else None
+        self.events.add(kind, space, keys=keys, tier=tier, parent=parent)
+
+    def tell_gone(self) -> None:
+        """Tells watchers of blocks that are in no tier any longer, whatever the reason."""
+        for space, gone in groupby(self.ledger.take_gone(), key=lambda item: item[0]):
+            self.events.add(EventKind.REMOVED, space, keys=[key for _, key in gone])
+
     def wake(self) -> None:
         """There may be something to do, and something to be had."""
+        self.tell_gone()
         self._woken.set()
         self.progress.notify()
 

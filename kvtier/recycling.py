@@ -60,7 +60,7 @@ class Recycling:
         arena = self._tier.arena(segment)
         # From here on nobody may own it: not even the tenant whose clients map it, since they are
         # asked to unmap, and since a worker thread replaces the memory.
-        self._slots.segments[segment].home = _NOBODY
+        self._slots.give_home(segment, _NOBODY)
         holders = {s.id for s in sessions.values() if arena.id in s.announced}
         self._waiting[arena.id] = (segment, holders)
         for session_id in list(holders):

@@ -598,12 +598,8 @@ class Store:
         start = 0
         for end in range(1, len(ready) + 1):
             if end == len(ready) or parent_of[ready[end]] != ready[end - 1]:
-                self.keeper.events.add(
-                    EventKind.STORED,
-                    space,
-                    keys=ready[start:end],
-                    tier=self._ledger.top,
-                    parent=parent_of[ready[start]],
+                self.keeper.tell(
+                    EventKind.STORED, space, keys=ready[start:end], parent=parent_of[ready[start]]
                 )
                 start = end
 
@@ -686,7 +682,6 @@ class Store:
                     count += len(gone)
                     moves += self.keeper.moves_of(space, gone)
                     self.keeper.wake()
-                    self.keeper.events.add(EventKind.REMOVED, space, keys=gone)
                 await asyncio.sleep(0)
         await self.keeper.erase_for_good(moves)
         return count
@@ -696,7 +691,7 @@ class Store:
         space = self._space(session, namespace_id)
         count = self._ledger.clear(space)
         self._filling.clear(space)
-        self.keeper.events.add(EventKind.CLEARED, space)
+        self.keeper.tell(EventKind.CLEARED, space)
         await self.keeper.begin_epoch(space)
         return space.epoch, count
 

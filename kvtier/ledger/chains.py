@@ -361,7 +361,10 @@ class Chains:
             self._check_run(run)
             for tier in self.slots:
                 held_runs[tier] += bool(run.held[tier])
-        if self.dirty_count != sum(self.dirty.values()) or not self.dirty.keys() <= self.runs.keys():
+        if (
+            self.dirty_count != sum(self.dirty.values())
+            or not self.dirty.keys() <= self.runs.keys()
+        ):
             raise InvariantViolated(f"{self.dirty_count} dirty blocks, by run: {self.dirty}")
         for tier, policy in self.policies.items():
             if len(policy) != held_runs[tier]:

@@ -25,7 +25,7 @@ from kvtier.ledger.holdings import COMMITTED, OPEN, TAKEN, Entry, Partial, Reser
 from kvtier.ledger.ledger import Ledger
 
 # More would hold up everybody else for longer (DESIGN section 9); the client asks for the rest.
-RESERVE_KEYS_MAX = 1024
+RESERVE_KEYS_MAX = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,19 +45,6 @@ class Index:
         """All keys with their locators."""
         return chain.from_iterable(part.items() for part in self.parts)
 
-    def after(self, key: bytes) -> Iterator[bytes]:
-        """The keys that follow this one (all after b""; none after one that is not there)."""
-        if not key:
-            return iter(self)
-        if key not in self:
-            return iter(())
-        own = iter(self.parts[key[0]])
-        following = chain([own], self.parts[key[0] + 1 :])
-        for passed in own:
-            if passed == key:
-                break
-        return chain.from_iterable(following)
-
     def update(self, located: Iterable[tuple[bytes, int]]) -> None:
         """Places many keys."""
         parts = self.parts

@@ -102,6 +102,7 @@ class Ledger:
         self._doomed_of: dict[int, list[tuple[TierId, int]]] = {}
         self._doomed_erasures: dict[tuple[TierId, int], Erasure] = {}
         self._erasures: list[Erasure] = []
+        self._gone: list[tuple[Namespace, bytes]] = []
         self.erasing: dict[tuple[TierId, SlotClass], int] = {}
         self._condemned: list[int] = []
         # Which runs a block's moves read from: set by moves.py, asked before a slot is freed.
@@ -373,6 +374,15 @@ class Ledger:
                 self.slots[tier].release((slot,))
         if not run.state[place]:
             run.space.remember(run.key(place), why)
+            if not run.condemned:
+                self._gone.append((run.space, run.key(place)))
+
+    def take_gone(self) -> list[tuple[Namespace, bytes]]:
+        """Blocks that lost their last copy since the last call, in order; not those of a cleared
+        epoch, which died all at once.
+        """
+        taken, self._gone = self._gone, []
+        return taken
 
     def end_holder(self, holder: int) -> None:
         """A lease or a move ended: frees what only it still kept."""
@@ -541,7 +551,7 @@ class Ledger:
         self.evicted_blocks += count
         return count
 
-    def reap(self, blocks_max: int = 512) -> bool:
+    def reap(self, blocks_max: int = 256) -> bool:
         """Frees slots of cleared namespaces, some blocks at a time. True: there is more."""
         while self._condemned and blocks_max > 0:
             run = self.chains.runs.get(self._condemned[-1])

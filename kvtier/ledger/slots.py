@@ -96,6 +96,8 @@ class TierSlots:
         self.used_bytes = 0
         self.used_bytes_by_tenant: dict[str, int] = {}
         self._free_segments = list(range(plan.count - 1, -1, -1))
+        # How many of them by home: asked for every block, and a tier may have thousands.
+        self._free_homes: dict[str | None, int] = {None: plan.count}
         # Segments of a class with at least one free slot; a dict keeps their order.
         self._open: dict[SlotClass, dict[int, None]] = {}
         self._open_slots: dict[SlotClass, int] = {}
@@ -110,7 +112,7 @@ class TierSlots:
     def available(self, tenant: str, slot_bytes: int) -> int:
         """Slots that acquire() would grant now."""
         count = self._open_slots.get((tenant, slot_bytes), 0)
-        free = sum(1 for s in self._free_segments if self._may_own(s, tenant))
+        free = self._free_homes[None] + self._free_homes.get(tenant, 0)
         return count + free * self.slots_per_segment(slot_bytes)
 
     def _may_own(self, index: int, tenant: str) -> bool:
@@ -159,6 +161,7 @@ class TierSlots:
     def _open_as(self, index: int, slot_class: SlotClass) -> None:
         segment = self.segments[index]
         tenant, slot_bytes = slot_class
+        self._free_homes[segment.home] -= 1
         segment.slot_class = slot_class
         segment.home = tenant if self.homes else None
         segment.slot_count = self.slots_per_segment(slot_bytes)
@@ -256,6 +259,7 @@ class TierSlots:
         segment.in_use = bytearray()
         segment.owner_runs = array("Q")
         self._free_segments.append(segment.index)
+        self._free_homes[segment.home] = self._free_homes.get(segment.home, 0) + 1
 
     def set_owner(self, slots: Iterable[int], run_id: int) -> None:
         """These slots are held by that run now."""
@@ -276,9 +280,15 @@ class TierSlots:
 
     def recycled(self, segment_index: int) -> None:
         """No client maps the free segment any longer: any tenant may own it."""
+        self.give_home(segment_index, None)
+
+    def give_home(self, segment_index: int, home: str | None) -> None:
+        """Who may own the free segment from now on; None = anybody."""
         segment = self.segments[segment_index]
         assert segment.slot_class is None, "a segment in use cannot be recycled"
-        segment.home = None
+        self._free_homes[segment.home] -= 1
+        self._free_homes[home] = self._free_homes.get(home, 0) + 1
+        segment.home = home
 
     def counts(self) -> SlotCounts:
         used = sum(s.used for s in self.segments)
@@ -311,6 +321,9 @@ class TierSlots:
             open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + free
         if used_bytes != self.used_bytes:
             raise InvariantViolated(f"{used_bytes} bytes used, {self.used_bytes} in the books")
+        homes = Counter(self.segments[index].home for index in self._free_segments)
+        if homes != Counter(self._free_homes):
+            raise InvariantViolated(f"free segments by home: {homes}, in the books otherwise")
         for slot_class, count in self._open_slots.items():
             if open_slots.get(slot_class, 0) != count:
                 raise InvariantViolated(f"{slot_class}: {count} open slots in the books")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvtier.block import BlockFormat, GroupKind, Keys, NamespaceSpec, SegmentPlan, TierId
 from kvtier.ledger.chain import Namespace
-from kvtier.ledger.filling import Filling, Offer
+from kvtier.ledger.filling import RESERVE_KEYS_MAX, Filling, Offer
 from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.units import KIB
@@ -70,10 +70,12 @@ class Books:
         return self.filling.finish_commit(offer.reservation, entries, checksums).ready
 
     def store(self, space: Namespace, keys: Keys, *, parent: bytes = b"") -> None:
-        for shard in range(space.shards):
-            offer = self.reserve(space, keys, parent=parent, shard=shard)
-            if offer.reservation is not None:
-                self.commit(offer)
+        for part in keys.parts(RESERVE_KEYS_MAX):
+            for shard in range(space.shards):
+                offer = self.reserve(space, part, parent=parent, shard=shard)
+                if offer.reservation is not None:
+                    self.commit(offer)
+            parent = part[len(part) - 1]
 
     def found(self, space: Namespace, keys: Keys) -> int:
         return self.ledger.lookup([(space, keys)])[0][0].block_count

@@ -199,3 +199,22 @@ def test_a_key_under_another_parent_is_taken_singly() -> None:
     keys: Keys = keys_of("c", "a", "b")
     assert books.found(space, keys) == 3
     assert TierId.DRAM in {run.tier for run in books.ledger.lookup([(space, keys)])[0][0].runs}
+
+
+def test_a_large_subtree_is_evicted_in_parts() -> None:
+    books = Books(segments=16)
+    space = books.space()
+    books.store(space, chain("a", 6))
+    for n in range(4):
+        books.store(space, chain(f"leaf{n}-", 5), parent=chain("a", 6)[n + 1])
+    gone: list[bytes] = []
+    done = False
+    while not done:
+        part, done = books.ledger.evict_some(space, keys_of("a1"), 3)
+        assert len(part) <= 3
+        gone += part
+        books.check()
+        assert done or books.found(space, keys_of("a0", "a1")) == 2, "the root goes last"
+    assert len(gone) == len(set(gone)) == 25
+    assert books.found(space, chain("a", 6)) == 1
+    assert books.used()[0] == 1

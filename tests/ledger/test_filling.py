@@ -9,7 +9,7 @@ from books import DRAM, Books, chain, keys_of
 
 from kvtier.block import BLOCK_BYTES_MAX, BlockFormat, Keys
 from kvtier.errors import InvalidRequest, NotFound, ReservationExpired
-from kvtier.ledger.filling import Filled
+from kvtier.ledger.filling import RESERVE_KEYS_MAX, Filled
 
 
 def test_present_keys_are_skipped() -> None:
@@ -256,3 +256,12 @@ def test_an_unknown_namespace_and_one_too_large() -> None:
     with pytest.raises(InvalidRequest, match="does not fit a segment"):
         books.space(kib=20)
     assert not books.ledger.spaces
+
+
+def test_one_reserve_looks_at_a_bounded_number_of_keys() -> None:
+    books = Books(segments=4, segment_kib=4096)
+    space = books.space()
+    keys = chain("a", RESERVE_KEYS_MAX + 10)
+    offer = books.reserve(space, keys)
+    assert offer.covered_count == len(offer.granted) == RESERVE_KEYS_MAX
+    books.check()

@@ -204,7 +204,7 @@ async def test_bad_input_changes_nothing(node: Node) -> None:
     node.fill(who, grant, chain("b", 2))
     result = await node.store.commit(who.session, grant.reservation_id, [1], durable=False)
     assert result.stored_count == 1
-    with pytest.raises(NotFound):
+    with pytest.raises(ReservationExpired):
         await node.store.commit(who.session, grant.reservation_id, [1], durable=False)
     result = await node.store.commit(who.session, grant.reservation_id, None, durable=False)
     assert result.stored_count == 1
