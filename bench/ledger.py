@@ -8,6 +8,7 @@ demotions, leases and evictions then run with an SSD tier below.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import resource
@@ -169,9 +170,8 @@ class _Books:
         for keys in asked[:: max(1, len(asked) // 50)]:
             done = False
             while not done:
-                done = self.timed(
-                    "evict turn", lambda k=keys: self.ledger.evict_some(self.space, k)
-                )[1]  # type: ignore[misc]
+                evict = functools.partial(self.ledger.evict_some, self.space, keys)
+                done = self.timed("evict turn", evict)[1]
             self.ledger.erased(self.ledger.take_erasures())
         self.timed(f"clear of {self.space.block_count}", lambda: self.ledger.clear(self.space))
         while self.timed("reap turn", self.ledger.reap):
