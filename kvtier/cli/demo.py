@@ -242,9 +242,16 @@ def _directory(keep: bool, progress: Console) -> Iterator[Path]:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the demo as Ctrl-C does: with everything cleaned up."""
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does: with everything cleaned up.
+
+    An exception that meets a finalizer is swallowed there: then the demo ends later, but it ends
+    as interrupted.
+    """
+    interrupted = False
 
     def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
     before = {
@@ -252,6 +259,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
     }
     try:
         yield
+        if interrupted:
+            raise KeyboardInterrupt
     finally:
         for number, was in before.items():
             signal.signal(number, was)

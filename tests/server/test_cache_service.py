@@ -13,6 +13,7 @@ from daemons import Daemon, error_of, eventually, keys_of
 
 from kvtier import errors, wire
 from kvtier.block import Reason
+from kvtier.ledger.filling import RESERVE_KEYS_MAX
 from kvtier.v1 import cache_pb2, types_pb2
 
 Start = Callable[..., Daemon]
@@ -54,9 +55,13 @@ def reserved(daemon: Daemon, token: bytes, space: int, keys: bytes = KEYS, **mor
     return int(daemon.cache().Reserve(request, timeout=5).reservation_id)
 
 
-def all_reserved(daemon: Daemon, token: bytes, space: int) -> int:
-    """A reservation of all of the session's write arena: a further one waits."""
-    return reserved(daemon, token, space, b"".join(keys_of("the whole write arena", 1024)))
+def all_reserved(daemon: Daemon, token: bytes, space: int) -> list[int]:
+    """Reservations of all of the session's write arena: a further one waits."""
+    keys = keys_of("the whole write arena", 1024)
+    return [
+        reserved(daemon, token, space, b"".join(keys[at : at + RESERVE_KEYS_MAX]))
+        for at in range(0, len(keys), RESERVE_KEYS_MAX)
+    ]
 
 
 def put(daemon: Daemon, token: bytes, space: int) -> None:
@@ -257,7 +262,8 @@ def test_a_reserve_that_nobody_waits_for_is_given_up(
     cache.Release(cache_pb2.ReleaseRequest(session_token=token), timeout=5)  # later on one channel
     call.cancel()
     cache.Release(cache_pb2.ReleaseRequest(session_token=token), timeout=5)
-    cache.Abort(cache_pb2.AbortRequest(session_token=token, reservation_id=whole), timeout=5)
+    for part in whole:
+        cache.Abort(cache_pb2.AbortRequest(session_token=token, reservation_id=part), timeout=5)
     assert daemon.held() == (0, 0, 1)
     assert reserved(daemon, token, space, request_id="r")
 

@@ -7,6 +7,7 @@ import socket
 import stat
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -151,10 +152,8 @@ def test_a_bug_in_the_books_stops_the_daemon(start: Start, model: str) -> None:
         assert "RuntimeError: a bug" in daemon.log
         assert token.hex() not in daemon.log
         assert daemon.open_namespace(token)
-    try:
+    with suppress(grpc.RpcError):  # it may end before it has answered
         daemon.open_namespace(token, model)
-    except grpc.RpcError:
-        assert model != "stray"
     assert daemon.process.wait(10) == 70
     assert "daemon.books <Store" in daemon.log
     assert "Traceback" in daemon.log
