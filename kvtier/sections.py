@@ -42,13 +42,8 @@ class ServerConfig:
     allowed_uids: tuple[int, ...] = key(
         lambda: (os.getuid(),), "Users, where no [[tenants]] are given.", high=_UID_MAX, shown=[0]
     )
-    admin_uids: tuple[int, ...] = key(
-        lambda: tuple(sorted({0, os.getuid()})), "Administrators.", high=_UID_MAX, shown=[0]
-    )
     grace_s: float = key(20.0, "How long calls may take to end after SIGTERM.", live=True)
-    lookup_deadline_s: float = key(0.05, "A lookup answers by then.", live=True, low=0.0001)
     rpc_message_bytes_max: int = key(4 * MIB, "Largest message.", low=65536, high=2**31 - 1)
-    keys_per_call_max: int = key(65536, "Most keys in one call.", high=65536)
     rpc_concurrency_max: int = key(1024, "Most calls at once; more are refused.")
     sessions_max: int = key(256, "Most attached client processes.")
     watch_events_max: int = key(65536, "Events that a Watch can resume from.")
@@ -109,8 +104,6 @@ class SsdConfig:
     high_water: float = key(0.95, "Used share that starts eviction.", live=True, high=1)
     low_water: float = key(0.90, "Used share that ends it.", live=True, high=1)
     direct_io: str = key("auto", "O_DIRECT for slabs.", choices=_MODES)
-    sync_interval_ms: int = key(50, "Written bytes are synced by then.", low=1)
-    sync_bytes_max: int = key(256 * MIB, "Written bytes that are synced at once.")
     queue_depth_max: int = key(64, "Reads and writes in flight.", high=4096)
 
     def __post_init__(self) -> None:

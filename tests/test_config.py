@@ -177,7 +177,7 @@ def test_round_trip(tmp_path: Path, environ: dict[str, str], text: str) -> None:
         ("KVTIER_SERVER_GRACE_S", "0.5", "server.grace_s", 0.5),
         ("KVTIER_SERVER_BYPASS", "true", "server.bypass", True),
         ("KVTIER_SERVER_BYPASS", "0", "server.bypass", False),
-        ("KVTIER_SERVER_ADMIN_UIDS", "0, 5", "server.admin_uids", (0, 5)),
+        ("KVTIER_SERVER_ALLOWED_UIDS", "0, 5", "server.allowed_uids", (0, 5)),
         ("KVTIER_TIERS_DRAM_SIZE_BYTES", "128MiB", "tiers.dram.size_bytes", 128 * MIB),
         ("KVTIER_TIERS_DRAM_SIZE_BYTES", "134217728", "tiers.dram.size_bytes", 128 * MIB),
         ("KVTIER_METRICS_PORT", "9000", "metrics.port", 9000),
@@ -205,7 +205,7 @@ def test_environment_overrides_the_file(
         ("KVTIER_SERVER_GRACE_S", "soon", "KVTIER_SERVER_GRACE_S = 'soon': must be a number"),
         ("KVTIER_SERVER_BYPASS", "maybe", "must be true or false"),
         ("KVTIER_SERVER_IO_THREADS", "four", "must be an integer from 1 to 256"),
-        ("KVTIER_SERVER_ADMIN_UIDS", "root", "must be a list of"),
+        ("KVTIER_SERVER_ALLOWED_UIDS", "root", "must be a list of"),
         ("KVTIER_SERVER_SOCKET", "", "must be an absolute path"),
         ("KVTIER_METRICS_PORT", "", "must be an integer"),
     ],
@@ -393,7 +393,7 @@ def test_live_keys_are_exactly_these(tmp_path: Path) -> None:
     del tmp_path
     live = {name for name, key in configuration._KEYS.items() if key.metadata.get("live")}
     assert {name for name in live if not name.startswith("limits.")} == {
-        *("server.grace_s", "server.log_level", "server.lookup_deadline_s", "server.bypass"),
+        *("server.grace_s", "server.log_level", "server.bypass"),
         *("tiers.dram.high_water", "tiers.dram.low_water"),
         *("tiers.ssd.high_water", "tiers.ssd.low_water"),
     }

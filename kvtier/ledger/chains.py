@@ -262,13 +262,6 @@ class Chains:
                     del run.space.orphans[run.parent_key]
         del self.runs[run.id]
 
-    def subtree(self, run: Run) -> list[Run]:
-        """The run and all below it, ancestors first."""
-        found = [run]
-        for member in found:
-            found.extend(self.runs[child] for child in member.children or ())
-        return found
-
     # --- copies
 
     def put_copy(

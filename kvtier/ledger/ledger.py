@@ -638,12 +638,6 @@ class Ledger:
                 if known is None or run.id not in known.runs:
                     raise InvariantViolated(f"{run!r} is held by lease {lease_id} for ever")
 
-    def capacity_blocks(self, tier: TierId, space: Namespace) -> int:
-        """Blocks of this namespace that the whole tier could hold."""
-        slots = self.slots[tier]
-        per_segment = slots.slots_per_segment(space.slot_bytes[tier])
-        return slots.plan.count * per_segment // space.shards
-
     def used_share(self, tier: TierId) -> float:
         """Used bytes of the tier, of its capacity; 0..1."""
         return self.slots[tier].used_bytes / self.slots[tier].capacity_bytes

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvtier.block import SLOT_BITS, Keys, Move, Route, TierId
-from kvtier.errors import InvariantViolated, KvTierError
+from kvtier.errors import InvariantViolated
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.givers import Givers
 from kvtier.ledger.ledger import DISPLACED, Ledger
@@ -404,8 +404,3 @@ class Moves:
             target = move.route.target
             held[target] = held.get(target, 0) + len(move.target_slots)
         return held
-
-
-def failure_is_damage(errors: list[KvTierError]) -> bool:
-    """Whether a failed move proves its source damaged (rather than a device or room missing)."""
-    return any(error.reason == "BLOCK_CORRUPT" for error in errors)
