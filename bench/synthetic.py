@@ -13,6 +13,7 @@ from typing import Final
 from bench.keys import CHAIN_BLOCKS, chain
 from kvtier.block import SLOT_BITS, BlockFormat, NamespaceSpec, SlotLabel
 from kvtier.tiers.catalogue import Catalogue, pack_record
+from kvtier.tiers.files import Files
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab
 from kvtier.tiers.slots import SLOT_HEADER_BYTES
 from kvtier.tiers.state import NamespaceBook, prepare_directory
@@ -42,20 +43,21 @@ def ssd_bytes(block_count: int) -> int:
 def write_state(state: Path, block_count: int, *, tier_bytes: int) -> None:
     """Fills an empty state directory with `keys.chains(block_count)`, cleanly closed."""
     directory = state / "ssd"
-    prepare_directory(directory)
+    files = Files()
+    prepare_directory(files, directory)
     space = spec()
     names = {space.digest: (_EPOCH, space.to_json())}
-    NamespaceBook(directory / "namespaces").save(names)
+    NamespaceBook(files, directory / "namespaces").save(names)
     for index in range(ssd_bytes(block_count) // SEGMENT_BYTES):
         path = directory / "slabs" / f"{index:05}.slab"
         path.touch(mode=0o600)
         os.truncate(path, SEGMENT_BYTES)
-        slab = Slab(path, index, _SLAB_BYTES, direct=False)
+        slab = Slab(files, path, index, _SLAB_BYTES, direct=False)
         slab.open_existing()
         slab.cut(SLOT_BYTES, 1)
         slab.list_names(names)
         slab.close()
-    catalogue = Catalogue(directory, tier_bytes)
+    catalogue = Catalogue(files, directory, tier_bytes)
     catalogue.open()
     records: list[tuple[bytes, bytes]] = []
     for number in range(block_count // CHAIN_BLOCKS):

@@ -31,7 +31,7 @@ import xxhash
 from kvtier.block import SEGMENTS_MAX, SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
 from kvtier.errors import TierFailed
 from kvtier.tiers.base import SlotRecord
-from kvtier.tiers.state import sync_directory, write_durably
+from kvtier.tiers.files import Files
 from kvtier.units import GIB, KIB, MIB
 
 # checksum, slot, position, payload checksum, generation; then the kind: slot_bytes, size, epoch,
@@ -82,7 +82,8 @@ class _Kind(NamedTuple):
 class Catalogue:
     """The records. Any thread: one transaction at a time, under a lock. Raises TierFailed."""
 
-    def __init__(self, directory: Path, capacity_bytes: int) -> None:
+    def __init__(self, files: Files, directory: Path, capacity_bytes: int) -> None:
+        self._files = files
         self._path = directory / "catalogue"
         self._clean = directory / "clean"
         wanted = capacity_bytes // _BLOCK_BYTES_GUESS * _RECORD_BYTES_GUESS
@@ -157,15 +158,15 @@ class Catalogue:
             self._path, problem, target.name,
         )  # fmt: skip
         try:
-            self._path.rename(target)
+            self._files.rename(self._path, target)
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
 
     def _forget_clean(self) -> None:
         """From here until `close` an end of the process is an unclean one."""
         try:
-            self._clean.unlink(missing_ok=True)
-            sync_directory(self._clean.parent)
+            self._files.unlink(self._clean)
+            self._files.sync_directory(self._clean.parent)
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
@@ -314,7 +315,7 @@ class Catalogue:
             self._env.close()
             self._env = None
         try:
-            write_durably(self._clean, b"")
+            self._files.replace(self._clean, b"")
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 

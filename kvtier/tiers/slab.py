@@ -26,12 +26,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from kvtier import machine, native
+from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
 from kvtier.errors import BlockCorrupt, TierFailed
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.files import Files
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
-from kvtier.tiers.state import Names, sync_directory
+from kvtier.tiers.state import Names
 from kvtier.units import KIB, PAGE_BYTES, format_bytes
 
 SLAB_RESERVED_BYTES: Final = 64 * KIB
@@ -59,7 +60,9 @@ class Slab:
     `slot_bytes` is 0 until it was cut; `names` is what the file lists, `fd` -1 until opened.
     """
 
-    def __init__(self, path: Path, index: int, segment_bytes: int, *, direct: bool) -> None:
+    def __init__(
+        self, files: Files, path: Path, index: int, segment_bytes: int, *, direct: bool
+    ) -> None:
         self.path = path
         self.index = index
         self.size_bytes = SLAB_RESERVED_BYTES + segment_bytes
@@ -69,7 +72,8 @@ class Slab:
         self.names: Names = {}
         self.sync_failures = 0
         self.lock = threading.Lock()
-        self._flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if direct else 0)
+        self._files = files
+        self._flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         self._revision = 0
         self._sync_lock = threading.Lock()
 
@@ -83,14 +87,14 @@ class Slab:
         Raises TierFailed. A slab with an unreadable header counts as not cut.
         """
         try:
-            self.fd = os.open(self.path, self._flags)
+            self.fd = self._files.open(self.path, self._flags)
         except FileNotFoundError:
             return False
         except OSError as error:
             raise self.failed(error) from error
         with native.AlignedBuffer(SLAB_RESERVED_BYTES) as head:
             try:
-                if os.preadv(self.fd, [head.view], 0) == SLAB_RESERVED_BYTES:
+                if self._files.read(self.fd, head.view, 0) == SLAB_RESERVED_BYTES:
                     self._read_head(bytes(head.view))
             except OSError as error:
                 self.close()
@@ -114,21 +118,21 @@ class Slab:
         Raises:
             TierFailed: no space (or less than `min_free_bytes` would stay). No file is left.
         """
-        free = machine.file_system(self.path.parent).free_bytes
+        free = self._files.free_bytes(self.path.parent)
         if free - self.size_bytes < min_free_bytes:
             raise TierFailed(
                 f"{self.path.parent}: no space for a slab of {format_bytes(self.size_bytes)}: "
                 f"{format_bytes(free)} free, of which {format_bytes(min_free_bytes)} stay unused"
             )
         try:
-            fd = os.open(self.path, self._flags | os.O_CREAT, 0o600)
+            fd = self._files.open(self.path, self._flags | os.O_CREAT)
             try:
-                os.posix_fallocate(fd, 0, self.size_bytes)
-                os.fsync(fd)
-                sync_directory(self.path.parent)
+                self._files.allocate(fd, self.size_bytes)
+                self._files.sync(fd)
+                self._files.sync_directory(self.path.parent)
             except OSError:
-                os.close(fd)
-                self.path.unlink(missing_ok=True)
+                self._files.close(fd)
+                self._files.unlink(self.path)
                 raise
         except OSError as error:
             raise self.failed(error) from error
@@ -137,11 +141,11 @@ class Slab:
     def resize(self) -> None:
         """Brings an existing file to the planned size. Hold `lock`. Raises TierFailed."""
         try:
-            size = os.fstat(self.fd).st_size
+            size = self._files.size_bytes(self.fd)
             if size > self.size_bytes:
-                os.ftruncate(self.fd, self.size_bytes)
+                self._files.truncate(self.fd, self.size_bytes)
             elif size < self.size_bytes:
-                os.posix_fallocate(self.fd, 0, self.size_bytes)
+                self._files.allocate(self.fd, self.size_bytes)
         except OSError as error:
             raise self.failed(error) from error
 
@@ -177,8 +181,7 @@ class Slab:
         with native.AlignedBuffer(size_bytes) as page:
             page.view[: len(content)] = content
             try:
-                if os.pwritev(self.fd, [page.view], offset) != size_bytes:
-                    raise TierFailed(f"{self.path}: short write")
+                self._files.write(self.fd, page.view, offset)
             except OSError as error:
                 raise self.failed(error) from error
 
@@ -191,7 +194,7 @@ class Slab:
         """
         with self._sync_lock:
             try:
-                os.fdatasync(self.fd)
+                self._files.sync(self.fd)
             except OSError as error:
                 self.sync_failures += 1
                 raise self.failed(error) from error
@@ -210,7 +213,7 @@ class Slab:
                 headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
                 offsets = [self.offset(index) for index in indexes]
                 zeros = [0] * n
-                _, errors = native.slots_read(
+                _, errors = self._files.read_slots(
                     [self.fd] * n, offsets, headers, headers, zeros, zeros
                 )
                 for i, index in enumerate(indexes):
@@ -234,7 +237,7 @@ class Slab:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            self._files.close(self.fd)
             self.fd = -1
 
     def __repr__(self) -> str:
@@ -250,7 +253,7 @@ def places(
     return [slab.fd for slab in slabs], offsets
 
 
-def remove_strays(slabs: Sequence[Slab], directory: Path) -> None:
+def remove_strays(files: Files, slabs: Sequence[Slab], directory: Path) -> None:
     """Removes files of segments that the plan no longer has: the tier was made smaller.
 
     Raises:
@@ -261,7 +264,7 @@ def remove_strays(slabs: Sequence[Slab], directory: Path) -> None:
         if path.name not in known:
             logger.warning("%s is beyond the tier's size: removed", path)
             try:
-                path.unlink()
+                files.unlink(path)
             except OSError as error:
                 raise TierFailed(f"{path}: {error.strerror}") from error
 

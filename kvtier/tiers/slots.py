@@ -21,6 +21,7 @@ from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotIO, SlotLabel
 from kvtier.errors import BlockCorrupt, TierFailed
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.files import Files
 from kvtier.units import PAGE_BYTES, align_up
 
 SLOT_HEADER_BYTES: Final = PAGE_BYTES
@@ -79,7 +80,8 @@ def unpack_slot_header(page: memoryview, offset: int) -> SlotRecord:
 class SlotStaging:
     """Aligned memory for headers, one piece per thread and direction, and for odd payloads."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: Files) -> None:
+        self._files = files
         self._local = threading.local()
 
     def write(self, items: Sequence[SlotIO], fds: list[int], offsets: list[int]) -> None:
@@ -100,7 +102,7 @@ class SlotStaging:
             [items[index].address for index in odd],
             [items[index].label.size_bytes for index in odd],
         )
-        errors = native.slots_write(fds, offsets, headers, payloads, sizes)
+        errors = self._files.write_slots(fds, offsets, headers, payloads, sizes)
         for buffer in odd.values():
             buffer.close()
         for item, error in zip(items, errors, strict=True):
@@ -113,7 +115,7 @@ class SlotStaging:
         headers = [pages.address + index * SLOT_HEADER_BYTES for index in range(len(items))]
         sizes, payloads, odd = _payloads(items)
         used = [item.label.size_bytes for item in items]
-        checksums, errors = native.slots_read(fds, offsets, headers, payloads, sizes, used)
+        checksums, errors = self._files.read_slots(fds, offsets, headers, payloads, sizes, used)
         corrupt = 0
         for index, item in enumerate(items):
             if errors[index]:
@@ -139,7 +141,7 @@ class SlotStaging:
         """Zeroes the headers there, not yet durably; an errno per slot."""
         with native.AlignedBuffer(PAGE_BYTES) as zeros:
             pages = [zeros.address] * len(fds)
-            return native.slots_write(fds, offsets, pages, pages, [0] * len(fds))
+            return self._files.write_slots(fds, offsets, pages, pages, [0] * len(fds))
 
     def _pages(self, use: str, count: int) -> native.AlignedBuffer:
         """`count` pages of this thread; those for writing are zero beyond what headers cover."""

@@ -34,6 +34,7 @@ from kvtier.errors import (
 from kvtier.tiers.base import SlotRecord, TierCounts
 from kvtier.tiers.catalogue import Catalogue, pack_record
 from kvtier.tiers.dram import add_counts
+from kvtier.tiers.files import Files
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory
@@ -66,6 +67,7 @@ class SsdTier:
         *,
         direct_io: str = "auto",
         min_free_bytes: int = GIB,
+        files: Files | None = None,
     ) -> None:
         assert segment_bytes % PAGE_BYTES == 0
 
@@ -75,18 +77,25 @@ class SsdTier:
         self._min_free_bytes = min_free_bytes
         self._lock = threading.Lock()
         self._names_lock = threading.Lock()
-        self._staging = SlotStaging()
+        self._files = files or Files()
+        self._staging = SlotStaging(self._files)
         self._counts = TierCounts()
         self._generations = itertools.count(1)
         self._recovered = False
-        prepare_directory(directory)
+        prepare_directory(self._files, directory)
         self.direct_io = choose_direct_io(directory, direct_io)
         self._slabs = [
-            Slab(directory / "slabs" / f"{i:05}.slab", i, segment_bytes, direct=self.direct_io)
+            Slab(
+                self._files,
+                directory / "slabs" / f"{i:05}.slab",
+                i,
+                segment_bytes,
+                direct=self.direct_io,
+            )
             for i in range(segment_count)
         ]
-        self._book = NamespaceBook(directory / "namespaces")
-        self._catalogue = Catalogue(directory, segment_count * segment_bytes)
+        self._book = NamespaceBook(self._files, directory / "namespaces")
+        self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
 
     # --- coming back
 
@@ -97,7 +106,7 @@ class SsdTier:
         copy's rivals, or that do not fit this plan are dropped. Worker thread (2 s a million
         blocks, 2 s more after an unclean end). Raises TierFailed.
         """
-        remove_strays(self._slabs, self.directory / "slabs")
+        remove_strays(self._files, self._slabs, self.directory / "slabs")
         self._book.load()
         for slab in self._slabs:
             if slab.open_existing():

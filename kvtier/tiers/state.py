@@ -1,4 +1,4 @@
-"""The small files of a state directory: its version, its namespaces, and how files become durable.
+"""The small files of a state directory: its version, and its namespaces.
 
 Does not: know slabs or the catalogue.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Final
 
 from kvtier import machine, native
 from kvtier.errors import DeviceUnavailable, TierFailed, VersionMismatch
+from kvtier.tiers.files import Files
 
 STATE_VERSION: Final = (1, 0)  # (major, minor); another major is another layout
 Names = dict[bytes, tuple[int, bytes]]  # digest -> epoch, descriptor
@@ -22,7 +22,7 @@ Names = dict[bytes, tuple[int, bytes]]  # digest -> epoch, descriptor
 logger = logging.getLogger(__name__)
 
 
-def prepare_directory(directory: Path) -> None:
+def prepare_directory(files: Files, directory: Path) -> None:
     """Makes the state directory, 0700, and checks its version before anything is touched.
 
     Raises:
@@ -41,7 +41,7 @@ def prepare_directory(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (directory / "slabs").mkdir(mode=0o700, exist_ok=True)
         if not version.exists():
-            write_durably(version, b"%d.%d\n" % STATE_VERSION)
+            files.replace(version, b"%d.%d\n" % STATE_VERSION)
     except OSError as error:
         raise DeviceUnavailable(
             f"{directory} cannot be used: {error.strerror}; set state.dir to a directory "
@@ -78,7 +78,8 @@ class NamespaceBook:
     is missing or damaged, `merge` brings back what they say. Any one thread at a time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, files: Files, path: Path) -> None:
+        self._files = files
         self._path = path
         self.names: Names = {}
 
@@ -102,7 +103,7 @@ class NamespaceBook:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             aside = self._path.with_name(f"{self._path.name}.damaged-{stamp}")
             logger.warning("%s is damaged (%s): set aside as %s", self._path, error, aside.name)
-            self._path.rename(aside)
+            self._files.rename(self._path, aside)
 
     def merge(self, names: Names) -> None:
         """Adds what is new and takes the later epoch of what is known. Memory only."""
@@ -119,32 +120,7 @@ class NamespaceBook:
         ]
         body = json.dumps(rows).encode()
         try:
-            write_durably(self._path, b"%016x\n%s" % (native.checksum_bytes(body), body))
+            self._files.replace(self._path, b"%016x\n%s" % (native.checksum_bytes(body), body))
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
         self.names = names
-
-
-def sync_directory(directory: Path) -> None:
-    """Created, renamed and removed names in `directory` survive a power cut. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces a small file whole, mode 0600; old or new is there after a crash. Raises OSError."""
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
