@@ -13,6 +13,7 @@ Does not: choose slots, or retry: what failed is the caller's to place elsewhere
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import logging
@@ -80,6 +81,7 @@ class SsdTier:
         self._files = files or Files()
         self._staging = SlotStaging(self._files)
         self._counts = TierCounts()
+        self._unsynced: dict[int, int] = {}  # slab with wiped headers -> its sync_failures before
         self._generations = itertools.count(1)
         self._recovered = False
         prepare_directory(self._files, directory)
@@ -206,6 +208,7 @@ class SsdTier:
         good = [item for item in items if item.error is None]
         records = [pack_record(item.slot, item.slot_bytes, item.label) for item in good]
         attempt(good, partial(self._catalogue.put, records))
+        self._wipe_failed(items)
         done = [item.label.size_bytes for item in good if item.error is None]
         self._count(
             TierCounts(
@@ -214,6 +217,13 @@ class SsdTier:
                 error_count=len(batch) - len(done),
             )
         )
+
+    def _wipe_failed(self, items: Sequence[SlotIO]) -> None:
+        """What is not listed must not be found by a rebuild: it may be evicted by then."""
+        failed = [item for item in items if item.error is not None]
+        # The slot is not in use; where even this fails, it is as if we had been killed here.
+        with contextlib.suppress(TierFailed):
+            self._wipe(failed)
 
     def _ready(self, batch: Sequence[SlotIO]) -> list[SlotIO]:
         """The items whose slab is there, cut and lists their namespace; others get their error."""
@@ -294,35 +304,55 @@ class SsdTier:
         )
 
     def erase(self, slots: Iterable[SlotRecord], *, durable: bool) -> None:
-        """Forgets these copies, those that still lie where the records say.
+        """Forgets these copies where they still lie as the records say, and wipes their headers.
 
-        With `durable` their headers are wiped and the catalogue synced: they never come back.
-        Without, a power cut or a rebuild may bring one back until its slot is written again.
+        With `durable` all wipes and the catalogue are synced: neither these nor what was erased
+        before comes back, not even by a rebuild from slabs. Without, a power cut may bring one
+        back until then, or until its slot is written again.
 
         Raises:
             TierFailed: that was not possible for all of them; some may be gone.
         """
         records = self._catalogue.matching(slots)
+        self._wipe(records)
         if durable:
-            self._wipe(records)
+            self._sync_wipes()
         self._catalogue.delete(record.slot for record in records)
         if durable:
             self._catalogue.sync()
 
-    def _wipe(self, records: list[SlotRecord]) -> None:
+    def _wipe(self, records: Sequence[SlotRecord | SlotIO]) -> None:
         slabs = [self._slabs[record.slot >> SLOT_BITS] for record in records]
         here = [
             (record, slab)
             for record, slab in zip(records, slabs, strict=True)
             if slab.fd >= 0 and slab.slot_bytes == record.slot_bytes
         ]
-        failures = {slab.index: slab.sync_failures for _, slab in here}
+        with self._lock:
+            for _, slab in here:
+                self._unsynced.setdefault(slab.index, slab.sync_failures)
         where = places([record for record, _ in here], [slab for _, slab in here])
         for (record, _), error in zip(here, self._staging.wipe(*where), strict=True):
             if error:
                 raise TierFailed(f"ssd slot {record.slot:#x} not wiped: {os.strerror(error)}")
-        for index, before in failures.items():
-            self._slabs[index].sync(before)
+
+    def _sync_wipes(self) -> None:
+        """Of all slabs, not only of those wiped just now: an older copy of the same block, dropped
+        in the background, would be found by a rebuild as well.
+        """
+        with self._lock:
+            unsynced, self._unsynced = self._unsynced, {}
+        left = dict(unsynced)
+        try:
+            for index, before in unsynced.items():
+                if self._slabs[index].fd >= 0:
+                    self._slabs[index].sync(before)
+                del left[index]
+        finally:
+            with self._lock:
+                for index in left:
+                    # The failure is told to this caller; the next one's is the next sync.
+                    self._unsynced.setdefault(index, self._slabs[index].sync_failures)
 
     def sync(self) -> None:
         """All finished writes survive a power cut once this returns. Raises TierFailed."""

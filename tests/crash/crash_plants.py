@@ -1,0 +1,78 @@
+"""Bugs put into the production code, to see that the harness catches them.
+
+`fsync` and `order` spoil what is written; `checksum` and `generation` what is read back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvtier.tiers.slots
+from kvtier.tiers.catalogue import Catalogue
+from kvtier.tiers.slab import Slab
+
+WRITING = ("fsync", "order")
+READING = ("checksum", "generation")
+
+
+def plant(name: str) -> None:
+    """Patches this process. An unknown name is a mistake in the harness."""
+    if name:
+        {"fsync": _fsync, "order": _order, "checksum": _checksum, "generation": _generation}[name]()
+
+
+def _fsync() -> None:
+    """What was written to slabs is never synced."""
+    Slab.sync = lambda self, failures_before: None  # type: ignore[method-assign]
+
+
+def _order() -> None:
+    """The catalogue lists blocks, and says so, before their bytes are on disk: one write late."""
+    sync = Slab.sync
+    late: list[tuple[Slab, int]] = []
+
+    def postponed(slab: Slab, failures_before: int) -> None:
+        while late:
+            slab_before, before = late.pop()
+            if slab_before.fd >= 0:
+                sync(slab_before, before)
+        late.append((slab, failures_before))
+
+    Slab.sync = postponed  # type: ignore[method-assign]
+
+
+def _checksum() -> None:
+    """What was read is believed."""
+    kvtier.tiers.slots._verify = lambda *_: None
+
+
+def _generation() -> None:
+    """Neither epochs nor cuts are looked at."""
+    records: Any = Catalogue.records
+
+    def careless(self: Catalogue, epochs: Any, cuts: Any, segment_bytes: int) -> Any:
+        anything = _Anything()
+        return records(self, anything, [(cut[0], 0) for cut in cuts], segment_bytes)
+
+    def is_here(self: Slab, record: Any, index: int) -> bool:
+        return bool(record.slot_bytes == self.slot_bytes)
+
+    Catalogue.records = careless  # type: ignore[method-assign]
+    Slab._is_here = is_here  # type: ignore[method-assign]
+
+
+class _Anything(dict[bytes, int]):
+    """The epoch of every namespace is whatever it is compared with."""
+
+    def get(self, key: bytes, default: Any = None) -> Any:
+        return _Equal()
+
+
+class _Equal:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
