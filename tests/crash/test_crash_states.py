@@ -113,8 +113,10 @@ def test_a_trace_is_read_as_it_was_written() -> None:
         (
             f'openat(AT_FDCWD<\\x2f>, "{hexed}", O_RDWR|O_CREAT, 0600) = 5<{hexed}>',
             f"lseek(5<{hexed}>, 8192, SEEK_SET) = 8192",
-            f'writev(5<{hexed}>, [{{iov_base="\\x01", iov_len=1}}, '
-            '{iov_base="\\x02", iov_len=1}], 2) = 2',
+            (
+                f'writev(5<{hexed}>, [{{iov_base="\\x01", iov_len=1}}, '
+                '{iov_base="\\x02", iov_len=1}], 2) = 2'
+            ),
             f'pwritev2(5<{hexed}>, [{{iov_base="\\x03", iov_len=1}}], 1, 4096, 0) = 1',
             f'pwrite64(5<{hexed}>, "\\x04", 1, 77) = -1 ENOSPC (No space left on device)',
             f"fdatasync(5<{hexed}>) = 0",
