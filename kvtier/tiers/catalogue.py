@@ -5,8 +5,10 @@ claimed twice and neighbours share pages; its value is `_RECORD`, `_KIND`, key, 
 field is XXH3-64 of all that follows, which repeats the slot number: LMDB itself returned 132 of
 150 flipped bits as good content (reliability.md 1.1).
 
-    open() --> [not clean: lmdb.verify] --> sound: records()
-                                       \--> damaged: set aside under a dated name, rebuild
+    open() --> [lmdb.verify, before it is mapped] --> sound: records()
+                                                 \--> damaged: set aside under a dated name, rebuild
+
+Damage that LMDB finds only when it reads is `CatalogueDamaged`: `set_aside`, `open` again, rebuild.
 
 `metasync=False` may undo the newest transaction in a power cut, never break one; `sync` ends that.
 Never `sync=False` or `writemap` (SIGBUS, torn trees).
@@ -17,6 +19,7 @@ Does not: touch slabs, or know what is durable in them: callers write those firs
 from __future__ import annotations
 
 import logging
+import shutil
 import struct
 import threading
 import time
@@ -32,6 +35,7 @@ from kvtier.block import SEGMENTS_MAX, SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, 
 from kvtier.errors import TierFailed
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.files import Files
+from kvtier.tiers.shared import Shared
 from kvtier.units import GIB, KIB, MIB
 
 # checksum, slot, position, payload checksum, generation; then the kind: slot_bytes, size, epoch,
@@ -49,6 +53,13 @@ _MAP_BYTES_MAX: Final = 256 * GIB  # address space, not memory
 _BLOCK_BYTES_GUESS: Final = 64 * KIB  # a guess of the smallest common slot; the map grows if wrong
 _RECORD_BYTES_GUESS: Final = 512
 
+_SET_ASIDE_MAX: Final = 3  # copies kept as evidence; the oldest goes first
+# What LMDB says of a file that is not what it wrote.
+_DAMAGE: Final = (
+    lmdb.BadDbiError, lmdb.BadTxnError, lmdb.CorruptedError, lmdb.InvalidError,
+    lmdb.PageNotFoundError, lmdb.PanicError, lmdb.VersionMismatchError, lmdb.IncompatibleError,
+)  # fmt: skip
+
 logger = logging.getLogger(__name__)
 _checksum: Callable[[bytes], int] = xxhash.xxh3_64_intdigest
 
@@ -62,6 +73,10 @@ def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, by
     )  # fmt: skip
     body = b"".join((head[8:], kind, label.key, label.parent))
     return body[:4], _checksum(body).to_bytes(8, "little") + body
+
+
+class CatalogueDamaged(TierFailed):
+    """LMDB found its own file damaged. At a start: set it aside and rebuild; later: restart."""
 
 
 class _Kind(NamedTuple):
@@ -90,16 +105,18 @@ class Catalogue:
         self._map_bytes = min(max(wanted, _MAP_BYTES_MIN), _MAP_BYTES_MAX)
         self._lock = threading.Lock()
         self._env: lmdb.Environment | None = None
+        self._syncs = Shared(self._sync)
+        self._unsynced: TierFailed | None = None
         self.damaged_count = 0
 
     def open(self) -> bool:
         """Opens it; False when slabs must be scanned to fill it, followed by `complete`."""
         fresh = not (self._path / "data.mdb").exists()
         if not fresh:
-            problem = None if self._clean.exists() else self._problem()
-            problem = problem or self._try_open()
+            # Also after a clean end: what rots, rots in silence, and a torn page kills the process.
+            problem = self._problem() or self._try_open()
             if problem is not None:
-                self._set_aside(problem)
+                self.set_aside(problem)
                 fresh = True
         if fresh:
             self._forget_clean()
@@ -108,17 +125,16 @@ class Catalogue:
                 raise TierFailed(f"{self._path}: {problem}")
         else:
             self._forget_clean()
-        with self._lock:
-            assert self._env is not None
-            with self._env.begin() as transaction:
-                return transaction.get(_COMPLETE) is not None
+        found: list[bytes | None] = []
+        self._transact(lambda txn: found.append(txn.get(_COMPLETE, db=self._main)))
+        return found[-1] is not None
 
     def complete(self) -> None:
         """All that slabs hold is listed: from now on the catalogue alone is believed."""
         self._transact(lambda transaction: transaction.put(_COMPLETE, b"1", db=self._main))
 
     def _problem(self) -> str | None:
-        """Why the file cannot be trusted after an unclean end; read without mapping it."""
+        """Why the file cannot be trusted; read without mapping it."""
         try:
             problems = lmdb.verify.verify(str(self._path))  # type: ignore[no-untyped-call]
         except (lmdb.verify.VerifyError, OSError, ValueError, struct.error) as error:
@@ -143,7 +159,8 @@ class Catalogue:
         self._env = env
         return None
 
-    def _set_aside(self, problem: str) -> None:
+    def set_aside(self, problem: str) -> None:
+        """Moves the damaged files out of the way, as evidence; `open` then starts an empty one."""
         if self._env is not None:
             self._env.close()
             self._env = None
@@ -159,6 +176,8 @@ class Catalogue:
         )  # fmt: skip
         try:
             self._files.rename(self._path, target)
+            for old in sorted(target.parent.glob("catalogue.damaged-*"))[:-_SET_ASIDE_MAX]:
+                shutil.rmtree(old)
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
 
@@ -185,12 +204,19 @@ class Catalogue:
                         raise TierFailed(f"{self._path}: {error}") from error
                     self._map_bytes *= 2
                     self._env.set_mapsize(self._map_bytes)
+                except _DAMAGE as error:
+                    raise CatalogueDamaged(
+                        f"{self._path} is damaged ({error}): restart the daemon, it rebuilds the "
+                        "catalogue from slabs"
+                    ) from error
                 except lmdb.Error as error:
                     raise TierFailed(f"{self._path}: {error}") from error
 
     def put(self, records: Iterable[tuple[bytes, bytes]]) -> None:
         """Stores packed records, all or none; those of the same slots are replaced."""
         items = list(records)
+        if self._unsynced is not None:
+            raise self._unsynced
 
         def work(transaction: lmdb.Transaction[bytes]) -> None:
             for key, value in items:
@@ -297,14 +323,28 @@ class Catalogue:
         return good, bad
 
     def sync(self) -> None:
-        """All transactions so far survive a power cut."""
+        """All transactions so far survive a power cut. Callers at the same time share one.
+
+        Raises:
+            TierFailed: it failed, now or before: the kernel tells once, and no later sync brings
+                back what was lost. Nothing more is listed until a restart.
+        """
+        self._syncs.run()
+
+    def _sync(self) -> None:
         with self._lock:
             if self._env is None:
                 return
+            if self._unsynced is not None:
+                raise self._unsynced
             try:
                 self._env.sync(True)
             except lmdb.Error as error:
-                raise TierFailed(f"{self._path}: {error}") from error
+                self._unsynced = TierFailed(
+                    f"{self._path}: a sync failed ({error}); restart the daemon when the disk is "
+                    "well again"
+                )
+                raise self._unsynced from error
 
     def close(self) -> None:
         """Syncs, closes and, when all that went well, leaves the clean marker. Idempotent."""

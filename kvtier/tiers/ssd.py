@@ -33,7 +33,7 @@ from kvtier.errors import (
     TierFailed,
 )
 from kvtier.tiers.base import SlotRecord, TierCounts
-from kvtier.tiers.catalogue import Catalogue, pack_record
+from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged, pack_record
 from kvtier.tiers.dram import add_counts
 from kvtier.tiers.files import Files
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
@@ -117,11 +117,11 @@ class SsdTier:
         collects = gc.isenabled()
         gc.disable()  # millions of objects that all stay: collecting meanwhile doubles the time
         try:
-            if not self._catalogue.open():
-                self._rebuild()
-            cuts = [(slab.slot_bytes, slab.cut_generation) for slab in self._slabs]
-            epochs = {digest: epoch for digest, (epoch, _) in self._book.names.items()}
-            good, bad = self._catalogue.records(epochs, cuts, self.plan.size_bytes)
+            try:
+                good, bad = self._read_catalogue()
+            except CatalogueDamaged as error:
+                self._catalogue.set_aside(str(error))
+                good, bad = self._read_catalogue()
         finally:
             if collects:
                 gc.enable()
@@ -129,11 +129,18 @@ class SsdTier:
             self._catalogue.delete(bad)
             self._count(TierCounts(corrupt_count=self._catalogue.damaged_count))
         newest = max((record.label.generation for record in good), default=0)
-        newest = max([newest, *(cut for _, cut in cuts)])
+        newest = max([newest, *(slab.cut_generation for slab in self._slabs)])
         # Slots written but never listed may hold later generations of the former start.
         self._generations = itertools.count((newest >> _START_BITS) + 1 << _START_BITS)
         self._recovered = True
         return good
+
+    def _read_catalogue(self) -> tuple[list[SlotRecord], list[int]]:
+        if not self._catalogue.open():
+            self._rebuild()
+        cuts = [(slab.slot_bytes, slab.cut_generation) for slab in self._slabs]
+        epochs = {digest: epoch for digest, (epoch, _) in self._book.names.items()}
+        return self._catalogue.records(epochs, cuts, self.plan.size_bytes)
 
     def _rebuild(self) -> None:
         """Fills an empty catalogue from slot headers; after a kill meanwhile it starts again.
