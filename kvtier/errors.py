@@ -74,6 +74,14 @@ class LeaseLost(KvTierError):
     reason = "LEASE_LOST"
 
 
+class BlocksGone(KvTierError):
+    """Evicted, or their namespace cleared, while the call worked on them: store them again."""
+
+    grpc_code = "ABORTED"
+    reason = "BLOCKS_GONE"
+    retryable = True
+
+
 class VersionMismatch(KvTierError):
     """Client and daemon, or daemon and state directory, speak versions that do not meet."""
 

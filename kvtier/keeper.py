@@ -15,9 +15,9 @@ import functools
 import gc
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, TypeVar
 
 from kvtier import native
@@ -35,12 +35,13 @@ from kvtier.block import (
 )
 from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
-from kvtier.errors import DaemonUnavailable, InvariantViolated, KvTierError, TierFailed
-from kvtier.ledger.chain import Namespace, Run
+from kvtier.durability import Durability
+from kvtier.errors import InvariantViolated, KvTierError, TierFailed
+from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
 from kvtier.ledger.ledger import Erasure, Ledger
-from kvtier.ledger.moves import PLANNED_MAX, Moves
+from kvtier.ledger.moves import Moves
 from kvtier.ledger.recovery import Claim, restore
 from kvtier.ledger.search import Span, all_in
 from kvtier.progress import EventRing, Progress
@@ -72,8 +73,6 @@ _CLOSED_S = 5.0
 # by the first moves.
 _BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
 _PROMOTE_MOVES_MAX = 512
-_DIRTY_RUNS_MAX = 4096  # looked at for one turn of a flush
-_DURABLE_S = 60.0  # a durable commit that waits longer for the SSD tier is told so
 
 
 class Keeper:
@@ -128,6 +127,9 @@ class Keeper:
             dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake, self._recycled
         )
         self._clock = clock
+        self.durability = Durability(
+            ssd, self.ledger, self.moves, self.mover, self.progress, clock, self.in_thread
+        )
         self._started_s = clock.monotonic_s()
         self._rates = Rates()
         self._woken = asyncio.Event()
@@ -135,12 +137,10 @@ class Keeper:
         self._erasing = asyncio.Lock()
         self._unerased: list[Erasure] = []  # the tier failed: to be tried again
         self._sweeping: asyncio.Task[None] | None = None
-        self._stopping = False
         self._broken: BaseException | None = None
         self._epochs = threading.Lock()
         self._registered: set[bytes] = set()
         self._closed_until_s: dict[TierId, float] = {}
-        self._copied_down = 0
         self._starving = False
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
         self._wipes_failed = 0
@@ -399,7 +399,7 @@ class Keeper:
     def _moved(self, move: Move, errors: list[KvTierError]) -> None:
         if not errors:
             if self.moves.finish_move(move) and move.route.target is not self.ledger.top:
-                self._copied_down += 1
+                self.durability.copied_down += 1
         elif move.route.target is self.ledger.top:
             # A copy that cannot be read is a miss from now on, whatever the reason; but a daemon
             # that is stopping reads nothing and loses nothing.
@@ -495,68 +495,7 @@ class Keeper:
             reach("epoch.done")
             self._registered.add(space.digest)
 
-    # --- durability
-
-    async def make_durable(self, space: Namespace, keys: Sequence[bytes]) -> None:
-        """The blocks are on the SSD tier, synced, when this returns. Raises TierFailed."""
-        if self.ssd is None:
-            raise TierFailed("durable commits need the SSD tier: tiers.ssd.enabled")
-        lower = TierId.SSD
-        until_s = self.now_s() + _DURABLE_S
-        while True:
-            missing = {id(run): run for run in self._only_above(space, keys)}
-            moving = any((space.id, key, lower) in self.moves.by_target for key in keys)
-            if not missing:
-                break
-            moves = self.moves.copy_down(iter(missing.values()), len(keys))
-            self.mover.submit(moves)
-            if len(moves) == PLANNED_MAX:
-                await asyncio.sleep(0)
-                continue
-            if not moves and not moving and lower in self.ledger.closed_tiers:
-                raise TierFailed("the SSD tier takes no writes now: the blocks are in memory only")
-            if self._stopping:
-                raise DaemonUnavailable("the daemon is stopping: the blocks are in memory only")
-            if self.now_s() >= until_s:
-                raise TierFailed("the SSD tier did not take the blocks: they are in memory only")
-            await self.progress.wait(_TICK_S * 4)
-        if self._stopping:
-            raise DaemonUnavailable("the daemon is stopping: it could not sync the blocks")
-        await self.in_thread(self.ssd.sync)
-
-    def _only_above(self, space: Namespace, keys: Sequence[bytes]) -> Iterator[Run]:
-        for key in keys:
-            found = self.ledger.chains.find(space, key)
-            if found is not None and found[0].state[found[1]] == 1 << self.ledger.top:
-                yield found[0]
-
-    async def flush(self, timeout_s: float) -> tuple[int, int]:
-        """Writes what is only in memory to the SSD tier and syncs it, within the time (seconds).
-        Returns (blocks written, blocks still only in memory).
-        """
-        before = self._copied_down
-        until_s = self.now_s() + timeout_s
-        if self.ssd is None:
-            return 0, self.ledger.dirty_blocks()
-        while self.ledger.dirty_blocks() and TierId.SSD not in self.ledger.closed_tiers:
-            moves = self._copy_dirty(_DIRTY_RUNS_MAX)
-            if not moves and self.mover.is_idle:
-                moves = self._copy_dirty(None)  # those looked at fit no segment below: any others?
-            if len(moves) == PLANNED_MAX and self.now_s() < until_s:
-                await asyncio.sleep(0)
-                continue
-            if self.now_s() >= until_s or (self.mover.is_idle and not self.ledger.is_erasing):
-                break
-            await self.progress.wait(until_s - self.now_s())
-        await self.in_thread(self.ssd.sync)
-        return self._copied_down - before, self.ledger.dirty_blocks()
-
-    def _copy_dirty(self, runs_max: int | None) -> list[Move]:
-        chains = self.ledger.chains
-        runs = [chains.runs[run_id] for run_id in islice(chains.dirty, runs_max)]
-        moves = self.moves.copy_down(iter(runs), PLANNED_MAX)
-        self.mover.submit(moves)
-        return moves
+    # --- stopping
 
     async def close(self, *, grace_s: float) -> None:
         """Flushes within the grace, waits for bytes in flight, closes the tiers in order."""
@@ -564,12 +503,12 @@ class Keeper:
         self.progress.notify()
         if self._tending is not None and not self._tending.done():
             try:
-                await self.flush(grace_s)
+                await self.durability.flush(grace_s)
             except TierFailed as error:
                 log.warning("flush.failed %s", error)
             self._tending.cancel()
             await asyncio.wait([self._tending])
-        self._stopping = True
+        self.durability.stopping = True
         self.progress.notify()
         await self.mover.close()
         if self._sweeping is not None:

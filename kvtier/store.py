@@ -52,7 +52,7 @@ from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import RESERVE_KEYS_MAX
 from kvtier.ledger.holdings import Entry, Lease, Reservation
 from kvtier.ledger.ledger import segments_of
-from kvtier.ledger.search import Span
+from kvtier.ledger.search import Span, cut_spans
 from kvtier.session import Session
 from kvtier.tiers.arena import Arena
 from kvtier.tiers.room import WriteRoom
@@ -258,7 +258,7 @@ class Store:
         else:
             found = [self.keeper.predicted(asked[0][0], found[0])]
             tokens = found[0].block_count * asked[0][0].block_tokens
-            spans = [_cut(spans[0], found[0].block_count - found[0].first_needed)]
+            spans = [cut_spans(spans[0], found[0].block_count - found[0].first_needed)]
         if lease and tokens:
             self._check_lease_limit(session, len(asked))
         self.keeper.tally.lookup(asked, found)
@@ -589,8 +589,19 @@ class Store:
         self.keeper.tally.written_bytes += len(entries) * space.shard_bytes
         self.keeper.wake()
         if durable:
-            await self.keeper.make_durable(space, [entry.key for entry in entries])
+            keys = [entry.key for entry in entries]
+            await self.keeper.durability.make_durable(space, keys, expected=filled.ready)
         return CommitResult(len(filled.ready), filled.duplicate_count, filled.partial_count)
+
+    async def make_durable(self, session: Session, query: GroupQuery) -> None:
+        """Blocks that were present already are on stable storage when this returns.
+
+        Raises:
+            BlocksGone: one of them is not there (any longer); store it.
+            TierFailed: the SSD tier could not promise it.
+        """
+        space = self._space(session, query.namespace_id)
+        await self.keeper.durability.make_durable(space, keys := query.keys.split(), expected=keys)
 
     def _tell_stored(self, space: Namespace, entries: list[Entry], ready: list[bytes]) -> None:
         """One event for each stretch: the keys of an event follow one another in a chain."""
@@ -726,13 +737,13 @@ class Store:
 
     async def flush(self, timeout_s: float) -> tuple[int, int]:
         """(blocks written below, blocks still only in memory)."""
-        return await self.keeper.flush(timeout_s)
+        return await self.keeper.durability.flush(timeout_s)
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Stops taking stores, then flushes."""
         self.keeper.draining = True
         self.keeper.progress.notify()
-        return await self.keeper.flush(timeout_s)
+        return await self.keeper.durability.flush(timeout_s)
 
     def undrain(self) -> None:
         """Takes stores again."""
@@ -769,14 +780,3 @@ class Store:
 def _check_shard(space: Namespace, shard: int) -> None:
     if not 0 <= shard < space.shards:
         raise InvalidRequest(f"shard {shard} of a format with {space.shards}")
-
-
-def _cut(spans: list[Span], count: int) -> list[Span]:
-    """The first `count` blocks of the spans."""
-    kept: list[Span] = []
-    for run, start, end in spans:
-        if count <= 0:
-            break
-        kept.append((run, start, min(end, start + count)))
-        count -= end - start
-    return kept

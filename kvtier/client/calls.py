@@ -231,6 +231,7 @@ def store(
     chain = packed_keys(keys)
     until_s = until_of(linker, timeout_s)
     start, total = 0, [0, 0, 0]
+    present: list[bytes] = []
     while start < len(chain):
         rest = Keys(chain.packed[start * chain.size :], chain.size)
         reservation = yield from reserve(
@@ -249,10 +250,27 @@ def store(
         except BaseException:
             reservation.abort_later()
             raise
+        granted = {block.index for block in reservation.blocks}
+        covered = range(reservation.covered_count)
+        present += [chain[start + index] for index in covered if index not in granted]
         start += reservation.covered_count
         done = (result.stored_count, result.duplicate_count, result.partial_count)
         total = [before + now for before, now in zip(total, done, strict=True)]
+    if durable and present:
+        yield from make_durable(linker, space, Keys.of(present), until_s)
     return CommitResult(*total)
+
+
+def make_durable(linker: Linker, space: SpaceState, keys: Keys, until_s: float) -> Flow[None]:
+    """Blocks that somebody stored before are on stable storage when this returns."""
+
+    def build(token: bytes, ids: Sequence[int]) -> Any:
+        return cache_pb2.CommitRequest(
+            session_token=token, durable=True, request_id=_request_id(),
+            present=wire.encode_query(GroupQuery(ids[0], keys)),
+        )  # fmt: skip
+
+    yield from linker.call("Commit", build, (space,), until_s)
 
 
 # --- the verbs that only tell

@@ -127,3 +127,14 @@ def all_in(run: Run, start: int, end: int, tier: TierId) -> bool:
         return True
     bit = 1 << tier
     return all(state & bit for state in run.state[start:end])
+
+
+def cut_spans(spans: list[Span], count: int) -> list[Span]:
+    """The first `count` blocks of the spans."""
+    kept: list[Span] = []
+    for run, start, end in spans:
+        if count <= 0:
+            break
+        kept.append((run, start, min(end, start + count)))
+        count -= end - start
+    return kept

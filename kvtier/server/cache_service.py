@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from kvtier.block import SHARDS_MAX, Found, Keys, LookupAnswer, Reason
+from kvtier.block import SHARDS_MAX, CommitResult, Found, Keys, LookupAnswer, Reason
 from kvtier.errors import DaemonUnavailable, InvalidRequest, LimitReached
 from kvtier.server.borders import Border, Context, stream, unary
 from kvtier.server.sessions import SessionServer
@@ -175,12 +175,19 @@ class CacheService:
         """Finishes, and is remembered, even if the caller goes away meanwhile."""
         connection = self._sessions.connection(request.session_token)
         indexes = unpack_u32(request.indexes) if request.indexes else None
+        present = decode_query(request.present) if request.HasField("present") else None
+        if present is not None and not request.durable:
+            raise InvalidRequest("present blocks are named only to be made durable")
 
         async def work() -> bytes:
             assert connection.session is not None
-            result = await self._store.commit(
-                connection.session, request.reservation_id, indexes, durable=request.durable
-            )
+            result = CommitResult(0, 0, 0)
+            if request.reservation_id or present is None:
+                result = await self._store.commit(
+                    connection.session, request.reservation_id, indexes, durable=request.durable
+                )
+            if present is not None:
+                await self._store.make_durable(connection.session, present)
             return encode_commit(result).SerializeToString()
 
         return await connection.answers.once("Commit", request.request_id, work, abandon=False)

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvtier.v1 import types_pb2 as kvtier_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvtier/v1/cache.proto\x12\tkvtier.v1\x1a\x15kvtier/v1/types.proto\"s\n\x14OpenNamespaceRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.kvtier.v1.NamespaceSpec\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\"Q\n\x15OpenNamespaceResponse\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bshard_bytes\x18\x03 \x01(\x04\"C\n\nGroupQuery\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x11\n\tkey_bytes\x18\x03 \x01(\r\"\xb3\x01\n\rLookupRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\r\n\x05lease\x18\x03 \x01(\x08\x12\x10\n\x08prefetch\x18\x04 \x01(\x08\x12\r\n\x05touch\x18\x05 \x01(\x08\x12\x11\n\tskip_read\x18\x06 \x01(\x08\x12\r\n\x05shard\x18\x07 \x01(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"\x8d\x01\n\nGroupFound\x12\x13\n\x0b\x62lock_count\x18\x01 \x01(\r\x12\x14\n\x0c\x66irst_needed\x18\x02 \x01(\r\x12 \n\x04runs\x18\x03 \x03(\x0b\x32\x12.kvtier.v1.TierRun\x12\x0f\n\x07load_ms\x18\x04 \x01(\x01\x12!\n\x06reason\x18\x05 \x01(\x0e\x32\x11.kvtier.v1.Reason\"s\n\x0eLookupResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.kvtier.v1.GroupFound\x12\x13\n\x0btoken_count\x18\x02 \x01(\x04\x12%\n\x06leases\x18\x03 \x03(\x0b\x32\x15.kvtier.v1.LeaseGrant\"\x83\x01\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x62lock_count\x18\x02 \x01(\r\x12\x14\n\x0c\x66irst_needed\x18\x03 \x01(\r\x12\x13\n\x0bready_count\x18\x04 \x01(\r\x12#\n\x05table\x18\x05 \x01(\x0b\x32\x14.kvtier.v1.SlotTable\"\x80\x01\n\x0cLeaseRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12$\n\x05group\x18\x03 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"X\n\rLeaseResponse\x12$\n\x05grant\x18\x01 \x01(\x0b\x32\x15.kvtier.v1.LeaseGrant\x12!\n\x06reason\x18\x02 \x01(\x0e\x32\x11.kvtier.v1.Reason\":\n\x0eReleaseRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\r\"\xb6\x01\n\x0eReserveRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x11\n\tkey_bytes\x18\x04 \x01(\r\x12\x0e\n\x06parent\x18\x05 \x01(\x0c\x12\x10\n\x08position\x18\x06 \x01(\r\x12\r\n\x05shard\x18\x07 \x01(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x11\n\tskip_save\x18\t \x01(\x08\"\x8d\x01\n\x0fReserveResponse\x12\x16\n\x0ereservation_id\x18\x01 \x01(\x04\x12\x0f\n\x07granted\x18\x02 \x01(\x0c\x12#\n\x05table\x18\x03 \x01(\x0b\x32\x14.kvtier.v1.SlotTable\x12\x15\n\rcovered_count\x18\x04 \x01(\r\x12\x15\n\rpresent_count\x18\x05 \x01(\r\"t\n\rCommitRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\x12\x0f\n\x07indexes\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64urable\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"V\n\x0e\x43ommitResponse\x12\x14\n\x0cstored_count\x18\x01 \x01(\r\x12\x17\n\x0f\x64uplicate_count\x18\x02 \x01(\r\x12\x15\n\rpartial_count\x18\x03 \x01(\r\"=\n\x0c\x41\x62ortRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\"\x0f\n\rAbortResponse\"N\n\x0fPrefetchRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\"(\n\x10PrefetchResponse\x12\x14\n\x0cmoving_count\x18\x01 \x01(\r\"_\n\x0c\x45victRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"&\n\rEvictResponse\x12\x15\n\revicted_count\x18\x01 \x01(\r\"X\n\x15\x43learNamespaceRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\">\n\x16\x43learNamespaceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x15\n\revicted_count\x18\x02 \x01(\r\"]\n\nPinRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"#\n\x0bPinResponse\x12\x14\n\x0cpinned_count\x18\x01 \x01(\r\"_\n\x0cUnpinRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\'\n\rUnpinResponse\x12\x16\n\x0eunpinned_count\x18\x01 \x01(\r\"R\n\x0cWatchRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x15\n\rfrom_revision\x18\x03 \x01(\x04\"\x95\x01\n\rWatchResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.kvtier.v1.EventKind\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x11\n\tkey_bytes\x18\x04 \x01(\r\x12\x1d\n\x04tier\x18\x05 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06parent\x18\x06 \x01(\x0c*\xa1\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_KIND_STORED\x10\x01\x12\x16\n\x12\x45VENT_KIND_REMOVED\x10\x02\x12\x16\n\x12\x45VENT_KIND_CLEARED\x10\x03\x12\x18\n\x14\x45VENT_KIND_COMPACTED\x10\x04\x12\x17\n\x13\x45VENT_KIND_PROGRESS\x10\x05\x32\xe4\x06\n\x0c\x43\x61\x63heService\x12R\n\rOpenNamespace\x12\x1f.kvtier.v1.OpenNamespaceRequest\x1a .kvtier.v1.OpenNamespaceResponse\x12=\n\x06Lookup\x12\x18.kvtier.v1.LookupRequest\x1a\x19.kvtier.v1.LookupResponse\x12:\n\x05Lease\x12\x17.kvtier.v1.LeaseRequest\x1a\x18.kvtier.v1.LeaseResponse\x12@\n\x07Release\x12\x19.kvtier.v1.ReleaseRequest\x1a\x1a.kvtier.v1.ReleaseResponse\x12@\n\x07Reserve\x12\x19.kvtier.v1.ReserveRequest\x1a\x1a.kvtier.v1.ReserveResponse\x12=\n\x06\x43ommit\x12\x18.kvtier.v1.CommitRequest\x1a\x19.kvtier.v1.CommitResponse\x12:\n\x05\x41\x62ort\x12\x17.kvtier.v1.AbortRequest\x1a\x18.kvtier.v1.AbortResponse\x12\x43\n\x08Prefetch\x12\x1a.kvtier.v1.PrefetchRequest\x1a\x1b.kvtier.v1.PrefetchResponse\x12:\n\x05\x45vict\x12\x17.kvtier.v1.EvictRequest\x1a\x18.kvtier.v1.EvictResponse\x12U\n\x0e\x43learNamespace\x12 .kvtier.v1.ClearNamespaceRequest\x1a!.kvtier.v1.ClearNamespaceResponse\x12\x34\n\x03Pin\x12\x15.kvtier.v1.PinRequest\x1a\x16.kvtier.v1.PinResponse\x12:\n\x05Unpin\x12\x17.kvtier.v1.UnpinRequest\x1a\x18.kvtier.v1.UnpinResponse\x12<\n\x05Watch\x12\x17.kvtier.v1.WatchRequest\x1a\x18.kvtier.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvtier/v1/cache.proto\x12\tkvtier.v1\x1a\x15kvtier/v1/types.proto\"s\n\x14OpenNamespaceRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.kvtier.v1.NamespaceSpec\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\"Q\n\x15OpenNamespaceResponse\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bshard_bytes\x18\x03 \x01(\x04\"C\n\nGroupQuery\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x11\n\tkey_bytes\x18\x03 \x01(\r\"\xb3\x01\n\rLookupRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\r\n\x05lease\x18\x03 \x01(\x08\x12\x10\n\x08prefetch\x18\x04 \x01(\x08\x12\r\n\x05touch\x18\x05 \x01(\x08\x12\x11\n\tskip_read\x18\x06 \x01(\x08\x12\r\n\x05shard\x18\x07 \x01(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"\x8d\x01\n\nGroupFound\x12\x13\n\x0b\x62lock_count\x18\x01 \x01(\r\x12\x14\n\x0c\x66irst_needed\x18\x02 \x01(\r\x12 \n\x04runs\x18\x03 \x03(\x0b\x32\x12.kvtier.v1.TierRun\x12\x0f\n\x07load_ms\x18\x04 \x01(\x01\x12!\n\x06reason\x18\x05 \x01(\x0e\x32\x11.kvtier.v1.Reason\"s\n\x0eLookupResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.kvtier.v1.GroupFound\x12\x13\n\x0btoken_count\x18\x02 \x01(\x04\x12%\n\x06leases\x18\x03 \x03(\x0b\x32\x15.kvtier.v1.LeaseGrant\"\x83\x01\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x62lock_count\x18\x02 \x01(\r\x12\x14\n\x0c\x66irst_needed\x18\x03 \x01(\r\x12\x13\n\x0bready_count\x18\x04 \x01(\r\x12#\n\x05table\x18\x05 \x01(\x0b\x32\x14.kvtier.v1.SlotTable\"\x80\x01\n\x0cLeaseRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12$\n\x05group\x18\x03 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"X\n\rLeaseResponse\x12$\n\x05grant\x18\x01 \x01(\x0b\x32\x15.kvtier.v1.LeaseGrant\x12!\n\x06reason\x18\x02 \x01(\x0e\x32\x11.kvtier.v1.Reason\":\n\x0eReleaseRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\r\"\xb6\x01\n\x0eReserveRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x11\n\tkey_bytes\x18\x04 \x01(\r\x12\x0e\n\x06parent\x18\x05 \x01(\x0c\x12\x10\n\x08position\x18\x06 \x01(\r\x12\r\n\x05shard\x18\x07 \x01(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x11\n\tskip_save\x18\t \x01(\x08\"\x8d\x01\n\x0fReserveResponse\x12\x16\n\x0ereservation_id\x18\x01 \x01(\x04\x12\x0f\n\x07granted\x18\x02 \x01(\x0c\x12#\n\x05table\x18\x03 \x01(\x0b\x32\x14.kvtier.v1.SlotTable\x12\x15\n\rcovered_count\x18\x04 \x01(\r\x12\x15\n\rpresent_count\x18\x05 \x01(\r\"\x9c\x01\n\rCommitRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\x12\x0f\n\x07indexes\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64urable\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12&\n\x07present\x18\x14 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\"V\n\x0e\x43ommitResponse\x12\x14\n\x0cstored_count\x18\x01 \x01(\r\x12\x17\n\x0f\x64uplicate_count\x18\x02 \x01(\r\x12\x15\n\rpartial_count\x18\x03 \x01(\r\"=\n\x0c\x41\x62ortRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\"\x0f\n\rAbortResponse\"N\n\x0fPrefetchRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\"(\n\x10PrefetchResponse\x12\x14\n\x0cmoving_count\x18\x01 \x01(\r\"_\n\x0c\x45victRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"&\n\rEvictResponse\x12\x15\n\revicted_count\x18\x01 \x01(\r\"X\n\x15\x43learNamespaceRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\">\n\x16\x43learNamespaceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x15\n\revicted_count\x18\x02 \x01(\r\"]\n\nPinRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"#\n\x0bPinResponse\x12\x14\n\x0cpinned_count\x18\x01 \x01(\r\"_\n\x0cUnpinRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12$\n\x05group\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.GroupQuery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\'\n\rUnpinResponse\x12\x16\n\x0eunpinned_count\x18\x01 \x01(\r\"R\n\x0cWatchRequest\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x15\n\rfrom_revision\x18\x03 \x01(\x04\"\x95\x01\n\rWatchResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.kvtier.v1.EventKind\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x11\n\tkey_bytes\x18\x04 \x01(\r\x12\x1d\n\x04tier\x18\x05 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06parent\x18\x06 \x01(\x0c*\xa1\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_KIND_STORED\x10\x01\x12\x16\n\x12\x45VENT_KIND_REMOVED\x10\x02\x12\x16\n\x12\x45VENT_KIND_CLEARED\x10\x03\x12\x18\n\x14\x45VENT_KIND_COMPACTED\x10\x04\x12\x17\n\x13\x45VENT_KIND_PROGRESS\x10\x05\x32\xe4\x06\n\x0c\x43\x61\x63heService\x12R\n\rOpenNamespace\x12\x1f.kvtier.v1.OpenNamespaceRequest\x1a .kvtier.v1.OpenNamespaceResponse\x12=\n\x06Lookup\x12\x18.kvtier.v1.LookupRequest\x1a\x19.kvtier.v1.LookupResponse\x12:\n\x05Lease\x12\x17.kvtier.v1.LeaseRequest\x1a\x18.kvtier.v1.LeaseResponse\x12@\n\x07Release\x12\x19.kvtier.v1.ReleaseRequest\x1a\x1a.kvtier.v1.ReleaseResponse\x12@\n\x07Reserve\x12\x19.kvtier.v1.ReserveRequest\x1a\x1a.kvtier.v1.ReserveResponse\x12=\n\x06\x43ommit\x12\x18.kvtier.v1.CommitRequest\x1a\x19.kvtier.v1.CommitResponse\x12:\n\x05\x41\x62ort\x12\x17.kvtier.v1.AbortRequest\x1a\x18.kvtier.v1.AbortResponse\x12\x43\n\x08Prefetch\x12\x1a.kvtier.v1.PrefetchRequest\x1a\x1b.kvtier.v1.PrefetchResponse\x12:\n\x05\x45vict\x12\x17.kvtier.v1.EvictRequest\x1a\x18.kvtier.v1.EvictResponse\x12U\n\x0e\x43learNamespace\x12 .kvtier.v1.ClearNamespaceRequest\x1a!.kvtier.v1.ClearNamespaceResponse\x12\x34\n\x03Pin\x12\x15.kvtier.v1.PinRequest\x1a\x16.kvtier.v1.PinResponse\x12:\n\x05Unpin\x12\x17.kvtier.v1.UnpinRequest\x1a\x18.kvtier.v1.UnpinResponse\x12<\n\x05Watch\x12\x17.kvtier.v1.WatchRequest\x1a\x18.kvtier.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvtier.v1.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTKIND']._serialized_start=2758
-  _globals['_EVENTKIND']._serialized_end=2919
+  _globals['_EVENTKIND']._serialized_start=2799
+  _globals['_EVENTKIND']._serialized_end=2960
   _globals['_OPENNAMESPACEREQUEST']._serialized_start=59
   _globals['_OPENNAMESPACEREQUEST']._serialized_end=174
   _globals['_OPENNAMESPACERESPONSE']._serialized_start=176
@@ -60,38 +60,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVEREQUEST']._serialized_end=1406
   _globals['_RESERVERESPONSE']._serialized_start=1409
   _globals['_RESERVERESPONSE']._serialized_end=1550
-  _globals['_COMMITREQUEST']._serialized_start=1552
-  _globals['_COMMITREQUEST']._serialized_end=1668
-  _globals['_COMMITRESPONSE']._serialized_start=1670
-  _globals['_COMMITRESPONSE']._serialized_end=1756
-  _globals['_ABORTREQUEST']._serialized_start=1758
-  _globals['_ABORTREQUEST']._serialized_end=1819
-  _globals['_ABORTRESPONSE']._serialized_start=1821
-  _globals['_ABORTRESPONSE']._serialized_end=1836
-  _globals['_PREFETCHREQUEST']._serialized_start=1838
-  _globals['_PREFETCHREQUEST']._serialized_end=1916
-  _globals['_PREFETCHRESPONSE']._serialized_start=1918
-  _globals['_PREFETCHRESPONSE']._serialized_end=1958
-  _globals['_EVICTREQUEST']._serialized_start=1960
-  _globals['_EVICTREQUEST']._serialized_end=2055
-  _globals['_EVICTRESPONSE']._serialized_start=2057
-  _globals['_EVICTRESPONSE']._serialized_end=2095
-  _globals['_CLEARNAMESPACEREQUEST']._serialized_start=2097
-  _globals['_CLEARNAMESPACEREQUEST']._serialized_end=2185
-  _globals['_CLEARNAMESPACERESPONSE']._serialized_start=2187
-  _globals['_CLEARNAMESPACERESPONSE']._serialized_end=2249
-  _globals['_PINREQUEST']._serialized_start=2251
-  _globals['_PINREQUEST']._serialized_end=2344
-  _globals['_PINRESPONSE']._serialized_start=2346
-  _globals['_PINRESPONSE']._serialized_end=2381
-  _globals['_UNPINREQUEST']._serialized_start=2383
-  _globals['_UNPINREQUEST']._serialized_end=2478
-  _globals['_UNPINRESPONSE']._serialized_start=2480
-  _globals['_UNPINRESPONSE']._serialized_end=2519
-  _globals['_WATCHREQUEST']._serialized_start=2521
-  _globals['_WATCHREQUEST']._serialized_end=2603
-  _globals['_WATCHRESPONSE']._serialized_start=2606
-  _globals['_WATCHRESPONSE']._serialized_end=2755
-  _globals['_CACHESERVICE']._serialized_start=2922
-  _globals['_CACHESERVICE']._serialized_end=3790
+  _globals['_COMMITREQUEST']._serialized_start=1553
+  _globals['_COMMITREQUEST']._serialized_end=1709
+  _globals['_COMMITRESPONSE']._serialized_start=1711
+  _globals['_COMMITRESPONSE']._serialized_end=1797
+  _globals['_ABORTREQUEST']._serialized_start=1799
+  _globals['_ABORTREQUEST']._serialized_end=1860
+  _globals['_ABORTRESPONSE']._serialized_start=1862
+  _globals['_ABORTRESPONSE']._serialized_end=1877
+  _globals['_PREFETCHREQUEST']._serialized_start=1879
+  _globals['_PREFETCHREQUEST']._serialized_end=1957
+  _globals['_PREFETCHRESPONSE']._serialized_start=1959
+  _globals['_PREFETCHRESPONSE']._serialized_end=1999
+  _globals['_EVICTREQUEST']._serialized_start=2001
+  _globals['_EVICTREQUEST']._serialized_end=2096
+  _globals['_EVICTRESPONSE']._serialized_start=2098
+  _globals['_EVICTRESPONSE']._serialized_end=2136
+  _globals['_CLEARNAMESPACEREQUEST']._serialized_start=2138
+  _globals['_CLEARNAMESPACEREQUEST']._serialized_end=2226
+  _globals['_CLEARNAMESPACERESPONSE']._serialized_start=2228
+  _globals['_CLEARNAMESPACERESPONSE']._serialized_end=2290
+  _globals['_PINREQUEST']._serialized_start=2292
+  _globals['_PINREQUEST']._serialized_end=2385
+  _globals['_PINRESPONSE']._serialized_start=2387
+  _globals['_PINRESPONSE']._serialized_end=2422
+  _globals['_UNPINREQUEST']._serialized_start=2424
+  _globals['_UNPINREQUEST']._serialized_end=2519
+  _globals['_UNPINRESPONSE']._serialized_start=2521
+  _globals['_UNPINRESPONSE']._serialized_end=2560
+  _globals['_WATCHREQUEST']._serialized_start=2562
+  _globals['_WATCHREQUEST']._serialized_end=2644
+  _globals['_WATCHRESPONSE']._serialized_start=2647
+  _globals['_WATCHRESPONSE']._serialized_end=2796
+  _globals['_CACHESERVICE']._serialized_start=2963
+  _globals['_CACHESERVICE']._serialized_end=3831
 # @@protoc_insertion_point(module_scope)

@@ -184,18 +184,20 @@ class ReserveResponse(_message.Message):
     def __init__(self, reservation_id: _Optional[int] = ..., granted: _Optional[bytes] = ..., table: _Optional[_Union[_types_pb2.SlotTable, _Mapping]] = ..., covered_count: _Optional[int] = ..., present_count: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("session_token", "reservation_id", "indexes", "durable", "request_id")
+    __slots__ = ("session_token", "reservation_id", "indexes", "durable", "request_id", "present")
     SESSION_TOKEN_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     INDEXES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
     session_token: bytes
     reservation_id: int
     indexes: bytes
     durable: bool
     request_id: str
-    def __init__(self, session_token: _Optional[bytes] = ..., reservation_id: _Optional[int] = ..., indexes: _Optional[bytes] = ..., durable: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+    present: GroupQuery
+    def __init__(self, session_token: _Optional[bytes] = ..., reservation_id: _Optional[int] = ..., indexes: _Optional[bytes] = ..., durable: bool = ..., request_id: _Optional[str] = ..., present: _Optional[_Union[GroupQuery, _Mapping]] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ("stored_count", "duplicate_count", "partial_count")

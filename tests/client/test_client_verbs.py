@@ -272,3 +272,14 @@ def test_many_threads_share_a_client(daemon: Daemon, space: Space, keys: list[by
         thread.join()
     assert not wrong
     eventually(lambda: daemon.held() == (0, 0, 1))
+
+
+def test_a_durable_store_keeps_what_others_stored_before(
+    client: Client, daemon: Daemon, keys: list[bytes]
+) -> None:
+    space = client.open_namespace(model="durable-present", format=FORMAT)
+    stored(space, keys)
+    in_ssd = daemon.stat().tiers[-1].block_count
+    result = space.store(keys, fill, durable=True)
+    assert result == CommitResult(0, 0, 0)  # nothing was left to write
+    assert daemon.stat().tiers[-1].block_count == in_ssd + len(keys)

@@ -153,6 +153,12 @@ def test_limits_of_other_fields(daemon: Daemon, token: bytes, space: int) -> Non
         (cache.Lease, cache_pb2.LeaseRequest(lease_id=1, group=group(space))),
         (cache.Reserve, cache_pb2.ReserveRequest(keys=KEYS, key_bytes=32, parent=b"p")),
         (cache.Commit, cache_pb2.CommitRequest(reservation_id=1, indexes=b"123")),
+        (
+            cache.Commit,
+            cache_pb2.CommitRequest(
+                present=cache_pb2.GroupQuery(namespace_id=1, keys=b"k" * 32, key_bytes=32)
+            ),
+        ),
         (cache.OpenNamespace, cache_pb2.OpenNamespaceRequest()),
         (
             cache.OpenNamespace,
