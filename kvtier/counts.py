@@ -29,6 +29,7 @@ class TierUse:
     hit_blocks: int
     error_count: int
     state: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)

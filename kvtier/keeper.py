@@ -37,6 +37,7 @@ from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
 from kvtier.durability import Durability
 from kvtier.errors import InvariantViolated, KvTierError, TierFailed
+from kvtier.health import Health
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
@@ -67,8 +68,6 @@ from kvtier.units import Clock
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _TICK_S = 0.25
-# A tier that failed to take a write is left alone for this long, then tried again.
-_CLOSED_S = 5.0
 # Before anything was measured: what a PCIe 4 drive and two memory channels do. A guess, replaced
 # by the first moves.
 _BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
@@ -140,7 +139,9 @@ class Keeper:
         self._broken: BaseException | None = None
         self._epochs = threading.Lock()
         self._registered: set[bytes] = set()
-        self._closed_until_s: dict[TierId, float] = {}
+        self.health = Health(
+            ssd, self.ledger, clock, self.in_thread, errors_max=config.tiers.ssd.errors_max
+        )
         self._starving = False
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
         self._wipes_failed = 0
@@ -151,6 +152,7 @@ class Keeper:
             self.bypassed = config.server.bypass
         self.config = config
         self.moves.in_flight_max = config.limits.moves_in_flight_max
+        self.health.errors_max = config.tiers.ssd.errors_max
         self.wake()
 
     def now_s(self) -> float:
@@ -277,16 +279,17 @@ class Keeper:
     async def _sweep(self) -> None:
         """Erases and recycles what is to be; has the tending task look again if more came."""
         try:
-            if TierId.SSD not in self.ledger.closed_tiers:
+            if self.health.is_due:
+                await self.health.reopen()
+            if not self.health.is_closed:
                 await self._erase_pending()
         except TierFailed as error:
-            log.warning("tier.failed %s", error)
-            self._close_for_a_while(TierId.SSD)
+            self.health.failed(error)
         try:
             await self.recycling.run()
         except TierFailed as error:
             log.warning("tier.failed %s", error)
-        if self.ledger.is_erasing and TierId.SSD not in self.ledger.closed_tiers:
+        if self.ledger.is_erasing and not self.health.is_closed:
             self._woken.set()  # more came meanwhile
 
     @property
@@ -301,10 +304,6 @@ class Keeper:
         for reservation in () if self.single_tenant else self.filling.expire(now_s):
             self.on_reservation_over(reservation)
         self.filling.expire_partials(now_s)
-        for tier, until_s in list(self._closed_until_s.items()):
-            if now_s >= until_s:
-                del self._closed_until_s[tier]
-                self.ledger.closed_tiers.discard(tier)
         self._rates.update(now_s, bytes_in_and_out(self.tally, self.mover, self.ledger))
         if self._starving:
             self._starving = False
@@ -400,6 +399,7 @@ class Keeper:
         if not errors:
             if self.moves.finish_move(move) and move.route.target is not self.ledger.top:
                 self.durability.copied_down += 1
+                self.health.succeeded()
         elif move.route.target is self.ledger.top:
             # A copy that cannot be read is a miss from now on, whatever the reason; but a daemon
             # that is stopping reads nothing and loses nothing.
@@ -408,12 +408,14 @@ class Keeper:
         else:
             self.moves.abort_move(move, source_corrupt=False, written=not _is_stopping(errors[0]))
             if not _is_stopping(errors[0]):
-                self._close_for_a_while(move.route.target)
+                self.health.failed(errors[0])
 
-    def _close_for_a_while(self, tier: TierId) -> None:
-        """The tier failed: it takes no new copies for some seconds; what it has is still read."""
-        self.ledger.closed_tiers.add(tier)
-        self._closed_until_s[tier] = self.now_s() + _CLOSED_S
+    async def heal(self) -> str:
+        """Probes the SSD tier at once; its state before. Raises TierFailed: it stays degraded."""
+        before = "degraded" if self.health.is_closed else "serving"
+        await self.health.reopen(probe=True)
+        self.wake()
+        return before
 
     # --- erasures
 
@@ -578,7 +580,7 @@ class Keeper:
         return StoreCounts(
             uptime_s=now_s - self._started_s,
             state=state,
-            tiers=tier_uses(ledger, tally, self._rates, self.mover, errors),
+            tiers=tier_uses(ledger, tally, self._rates, self.mover, errors, self.health.error),
             lookup_count=tally.lookup_count,
             lookup_blocks=tally.lookup_blocks,
             hit_blocks=tally.hit_blocks,

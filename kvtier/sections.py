@@ -105,6 +105,7 @@ class SsdConfig:
     low_water: float = key(0.90, "Used share that ends it.", live=True, high=1)
     direct_io: str = key("auto", "O_DIRECT for slabs.", choices=_MODES)
     queue_depth_max: int = key(64, "Reads and writes in flight.", high=4096)
+    errors_max: int = key(3, "Failures in a row that ask for a probe.", live=True, low=1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segment_bytes", _segment_bytes(self, 16 * MIB))

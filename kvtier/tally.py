@@ -81,7 +81,12 @@ def bytes_in_and_out(tally: Tally, mover: Mover, ledger: Ledger) -> dict[TierId,
 
 
 def tier_uses(
-    ledger: Ledger, tally: Tally, rates: Rates, mover: Mover, errors: dict[TierId, int]
+    ledger: Ledger,
+    tally: Tally,
+    rates: Rates,
+    mover: Mover,
+    errors: dict[TierId, int],
+    ssd_detail: str,
 ) -> tuple[TierUse, ...]:
     """One record a tier, fast to slow."""
     totals = bytes_in_and_out(tally, mover, ledger)
@@ -114,6 +119,7 @@ def tier_uses(
                 hit_blocks=tally.hit_blocks_by_tier[tier],
                 error_count=errors.get(tier, 0),
                 state="degraded" if tier in ledger.closed_tiers else "serving",
+                detail=ssd_detail if tier is TierId.SSD else "",
             )
         )
     return tuple(uses)

@@ -69,7 +69,10 @@ def daemon_findings(path: Path) -> list[Found]:
     for tier in stat.tiers:
         if tier.error_count or tier.state != "serving":
             detail = f"state {tier.state or 'unknown'}, {tier.error_count} errors"
-            found.append(_found(_tier(tier), "warn", detail, "look at its device and the log"))
+            detail += f": {tier.detail}" if tier.detail else ""
+            remedy = "look at its device and the log"
+            remedy += "; kvtier heal tries it at once" if tier.state == "degraded" else ""
+            found.append(_found(_tier(tier), "warn", detail, remedy))
     if not stat.native_kernels:
         remedy = "install a wheel, or reinstall with a C++ compiler"
         found.append(_found("daemon's kernels", "warn", "absent: copies are slower", remedy))

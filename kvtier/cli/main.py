@@ -55,6 +55,7 @@ for command in (
     operator.unpin,
     operator.drain,
     operator.flush,
+    operator.heal,
     operator.bypass,
     operator.check,
     operator.health,

@@ -177,6 +177,13 @@ def flush(
     _flushed(as_json, "Flushed", answer, False)
 
 
+def heal(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket = "") -> None:
+    """Tries a degraded SSD tier at once; it heals by itself, but after a pause."""
+    with _admin(socket, admin_socket) as admin:
+        before = admin.heal().state
+    _say(as_json, {"before": before, "state": "serving"}, f"The SSD tier serves (was {before}).")
+
+
 def bypass(
     state: Annotated[str, typer.Argument(metavar="on|off")],
     namespace: Annotated[str, typer.Option(help="Only this one: id or digest.")] = "",

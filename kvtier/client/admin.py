@@ -102,6 +102,11 @@ class AdminClient:
         )
         return answer
 
+    def heal(self) -> admin_pb2.HealResponse:
+        """Has a degraded SSD tier tried at once. Raises TierFailed: it is not well."""
+        answer: admin_pb2.HealResponse = self._call("Heal", admin_pb2.HealRequest())
+        return answer
+
     def bypass(self, *, on: bool, namespace_id: int = 0) -> admin_pb2.BypassResponse:
         """Every lookup misses and nothing is stored, in one namespace or (0) everywhere."""
         answer: admin_pb2.BypassResponse = self._call(

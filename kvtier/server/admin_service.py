@@ -60,6 +60,7 @@ class AdminService:
             "Drain": (self.drain, admin_pb2.DrainRequest),
             "Flush": (self.flush, admin_pb2.FlushRequest),
             "AdminEvict": (self.evict, admin_pb2.AdminEvictRequest),
+            "Heal": (self.heal, admin_pb2.HealRequest),
         }
         border = self._border
         methods = {n: unary(border.plain(n, verb), kind) for n, (verb, kind) in plain.items()}
@@ -128,6 +129,10 @@ class AdminService:
         return admin_pb2.FlushResponse(
             flushed_blocks=flushed, remaining_blocks=remaining
         ).SerializeToString()
+
+    async def heal(self, _request: admin_pb2.HealRequest, _: Context) -> bytes:
+        """Probes the SSD tier; TierFailed when it is not well."""
+        return admin_pb2.HealResponse(state=await self._store.keeper.heal()).SerializeToString()
 
     def bypass(self, request: admin_pb2.BypassRequest, _: Context) -> bytes:
         """On or off, for all or one namespace."""

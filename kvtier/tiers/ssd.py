@@ -39,6 +39,7 @@ from kvtier.tiers.files import Files
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory
+from kvtier.tiers.wipes import Wipes
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
 
 _SCAN_THREADS: Final = 8
@@ -81,7 +82,6 @@ class SsdTier:
         self._files = files or Files()
         self._staging = SlotStaging(self._files)
         self._counts = TierCounts()
-        self._unsynced: dict[int, int] = {}  # slab with wiped headers -> its sync_failures before
         self._generations = itertools.count(1)
         self._recovered = False
         prepare_directory(self._files, directory)
@@ -96,6 +96,7 @@ class SsdTier:
             )
             for i in range(segment_count)
         ]
+        self._wipes = Wipes(self._slabs, self._staging)
         self._book = NamespaceBook(self._files, directory / "namespaces")
         self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
 
@@ -230,7 +231,7 @@ class SsdTier:
         failed = [item for item in items if item.error is not None]
         # The slot is not in use; where even this fails, it is as if we had been killed here.
         with contextlib.suppress(TierFailed):
-            self._wipe(failed)
+            self._wipes.wipe(failed)
 
     def _ready(self, batch: Sequence[SlotIO]) -> list[SlotIO]:
         """The items whose slab is there, cut and lists their namespace; others get their error."""
@@ -321,49 +322,28 @@ class SsdTier:
             TierFailed: that was not possible for all of them; some may be gone.
         """
         records = self._catalogue.matching(slots)
-        self._wipe(records)
+        self._wipes.wipe(records)
         if durable:
-            self._sync_wipes()
+            self._wipes.sync()
         self._catalogue.delete(record.slot for record in records)
         if durable:
             self._catalogue.sync()
 
-    def _wipe(self, records: Sequence[SlotRecord | SlotIO]) -> None:
-        slabs = [self._slabs[record.slot >> SLOT_BITS] for record in records]
-        here = [
-            (record, slab)
-            for record, slab in zip(records, slabs, strict=True)
-            if slab.fd >= 0 and slab.slot_bytes == record.slot_bytes
-        ]
-        with self._lock:
-            for _, slab in here:
-                self._unsynced.setdefault(slab.index, slab.sync_failures)
-        where = places([record for record, _ in here], [slab for _, slab in here])
-        for (record, _), error in zip(here, self._staging.wipe(*where), strict=True):
-            if error:
-                raise TierFailed(f"ssd slot {record.slot:#x} not wiped: {os.strerror(error)}")
-
-    def _sync_wipes(self) -> None:
-        """Of all slabs, not only of those wiped just now: an older copy of the same block, dropped
-        in the background, would be found by a rebuild as well.
-        """
-        with self._lock:
-            unsynced, self._unsynced = self._unsynced, {}
-        left = dict(unsynced)
-        try:
-            for index, before in unsynced.items():
-                if self._slabs[index].fd >= 0:
-                    self._slabs[index].sync(before)
-                del left[index]
-        finally:
-            with self._lock:
-                for index in left:
-                    # The failure is told to this caller; the next one's is the next sync.
-                    self._unsynced.setdefault(index, self._slabs[index].sync_failures)
-
     def sync(self) -> None:
         """All finished writes survive a power cut once this returns. Raises TierFailed."""
         self._catalogue.sync()
+
+    def probe(self) -> None:
+        """Writes, syncs and reads back a small file. Worker thread. Raises TierFailed."""
+        path = self.directory / "probe"
+        content = os.urandom(PAGE_BYTES)
+        try:
+            self._files.replace(path, content)
+            if path.read_bytes() != content:
+                raise TierFailed(f"{path}: what was read is not what was written")
+            self._files.unlink(path)
+        except OSError as error:
+            raise TierFailed(f"{path}: {error.strerror or error}") from error
 
     def counts(self) -> TierCounts:
         """Snapshot; any thread."""

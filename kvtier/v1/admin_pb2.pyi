@@ -14,7 +14,7 @@ class StatRequest(_message.Message):
     def __init__(self, namespaces_max: _Optional[int] = ...) -> None: ...
 
 class TierStat(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "payload_bytes", "block_count", "segment_count", "segments_used", "fragmentation", "in_bytes", "out_bytes", "in_bytes_per_s", "out_bytes_per_s", "hit_blocks", "error_count", "state")
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "payload_bytes", "block_count", "segment_count", "segments_used", "fragmentation", "in_bytes", "out_bytes", "in_bytes_per_s", "out_bytes_per_s", "hit_blocks", "error_count", "state", "detail")
     TIER_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class TierStat(_message.Message):
     HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ERROR_COUNT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     capacity_bytes: int
     used_bytes: int
@@ -45,7 +46,8 @@ class TierStat(_message.Message):
     hit_blocks: int
     error_count: int
     state: str
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., block_count: _Optional[int] = ..., segment_count: _Optional[int] = ..., segments_used: _Optional[int] = ..., fragmentation: _Optional[float] = ..., in_bytes: _Optional[int] = ..., out_bytes: _Optional[int] = ..., in_bytes_per_s: _Optional[float] = ..., out_bytes_per_s: _Optional[float] = ..., hit_blocks: _Optional[int] = ..., error_count: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    detail: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., block_count: _Optional[int] = ..., segment_count: _Optional[int] = ..., segments_used: _Optional[int] = ..., fragmentation: _Optional[float] = ..., in_bytes: _Optional[int] = ..., out_bytes: _Optional[int] = ..., in_bytes_per_s: _Optional[float] = ..., out_bytes_per_s: _Optional[float] = ..., hit_blocks: _Optional[int] = ..., error_count: _Optional[int] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class ReasonCount(_message.Message):
     __slots__ = ("reason", "count")
@@ -317,6 +319,16 @@ class AdminPinResponse(_message.Message):
     BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     block_count: int
     def __init__(self, block_count: _Optional[int] = ...) -> None: ...
+
+class HealRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HealResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    def __init__(self, state: _Optional[str] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ()

@@ -75,6 +75,11 @@ class AdminServiceStub(object):
                 request_serializer=kvtier_dot_v1_dot_admin__pb2.AdminPinRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_admin__pb2.AdminPinResponse.FromString,
                 _registered_method=True)
+        self.Heal = channel.unary_unary(
+                '/kvtier.v1.AdminService/Heal',
+                request_serializer=kvtier_dot_v1_dot_admin__pb2.HealRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_admin__pb2.HealResponse.FromString,
+                _registered_method=True)
         self.Check = channel.unary_unary(
                 '/kvtier.v1.AdminService/Check',
                 request_serializer=kvtier_dot_v1_dot_admin__pb2.CheckRequest.SerializeToString,
@@ -141,6 +146,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Heal(self, request, context):
+        """Tries a degraded SSD tier at once instead of after its pause.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Check(self, request, context):
         """Runs every invariant check of the daemon's books.
         """
@@ -190,6 +202,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.AdminPin,
                     request_deserializer=kvtier_dot_v1_dot_admin__pb2.AdminPinRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_admin__pb2.AdminPinResponse.SerializeToString,
+            ),
+            'Heal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Heal,
+                    request_deserializer=kvtier_dot_v1_dot_admin__pb2.HealRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_admin__pb2.HealResponse.SerializeToString,
             ),
             'Check': grpc.unary_unary_rpc_method_handler(
                     servicer.Check,
@@ -414,6 +431,33 @@ class AdminService(object):
             '/kvtier.v1.AdminService/AdminPin',
             kvtier_dot_v1_dot_admin__pb2.AdminPinRequest.SerializeToString,
             kvtier_dot_v1_dot_admin__pb2.AdminPinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.AdminService/Heal',
+            kvtier_dot_v1_dot_admin__pb2.HealRequest.SerializeToString,
+            kvtier_dot_v1_dot_admin__pb2.HealResponse.FromString,
             options,
             channel_credentials,
             insecure,

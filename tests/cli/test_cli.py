@@ -136,6 +136,7 @@ def test_bypass(daemon: Daemon, space: Space) -> None:
 
 def test_flush_drain_health(daemon: Daemon, space: Space) -> None:
     assert kvtier_json(daemon, "flush")["remaining_blocks"] == 0
+    assert kvtier_json(daemon, "heal") == {"before": "serving", "state": "serving"}
     assert kvtier_json(daemon, "health") == {"serving": True}
     assert kvtier_json(daemon, "drain")["remaining_blocks"] == 0
     assert kvtier_json(daemon, "health", status=4) == {"serving": False}
@@ -182,7 +183,8 @@ def test_a_key_that_is_not_hex(daemon: Daemon, space: Space) -> None:
 
 COMMANDS = [
     ("stat",), ("namespaces",), ("blocks", "1"), ("evict", "1", "--yes"), ("pin", "1", "00" * 16),
-    ("unpin", "1", "00" * 16), ("drain",), ("flush",), ("bypass", "on"), ("check",), ("health",),
+    ("unpin", "1", "00" * 16), ("drain",), ("flush",), ("heal",), ("bypass", "on"),
+    ("check",), ("health",),
 ]  # fmt: skip
 
 

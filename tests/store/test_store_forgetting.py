@@ -531,3 +531,36 @@ async def test_a_lease_keeps_only_what_it_reads(node: Node) -> None:
     assert who.contents(grant.table) == [payload(key) for key in keys[:3]]
     node.store.release(who.session, [grant.lease_id])
     assert await node.read_pieces(who, space, keys) == len(keys)
+
+
+async def test_a_row_of_failures_asks_for_a_probe(node: Node) -> None:
+    who = node.attach()
+    space = node.space(who)
+    health = node.store.keeper.health
+    node.ssd.fail_write(for_ever=True, error=TierFailed("planned: Input/output error"))
+    for n in range(health.errors_max):
+        await node.put(who, space, chain(n, 1))
+        with pytest.raises(TierFailed):
+            await node.put(who, space, chain(("d", n), 1), durable=True)
+        assert node.tier_state("ssd") == "degraded"
+        assert "planned" in health.error
+        if n + 1 < health.errors_max:
+            node.clock.ahead_s += 400
+            node.store.keeper.wake()
+            await node.until(lambda: node.tier_state("ssd") == "serving")
+    # Writes would succeed again, but the probe does not: it stays out of service.
+    node.ssd.heal()
+    obstacle = node.config.state.dir / "probe.new"  # a directory: no file can be written there
+    obstacle.mkdir()
+    node.clock.ahead_s += 400
+    node.store.keeper.wake()
+    await node.until(lambda: "probe" in health.error)
+    assert node.tier_state("ssd") == "degraded"
+    with pytest.raises(TierFailed, match="probe"):
+        await node.store.keeper.heal()
+    assert await node.read(who, space, chain(0, 1)) == 1  # memory goes on serving
+    obstacle.rmdir()
+    assert await node.store.keeper.heal() == "degraded"
+    assert node.tier_state("ssd") == "serving"
+    await node.put(who, space, chain("e", 8), durable=True)
+    assert await node.store.keeper.heal() == "serving"
