@@ -29,12 +29,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=None, help="of the soak")
     wanted = parser.parse_args(arguments)
     os.environ |= {
-        "KVTIER_CHAOS_SEED": str(wanted.seed),
-        "KVTIER_CHAOS_SIZE": f"{wanted.size:g}",
-        "KVTIER_CHAOS_COUNT": str(wanted.count),
+        "CHAOS_SEED": str(wanted.seed),
+        "CHAOS_SIZE": f"{wanted.size:g}",
+        "CHAOS_COUNT": str(wanted.count),
     }
     if wanted.seconds is not None:
-        os.environ["KVTIER_SOAK_S"] = f"{wanted.seconds:g}"
+        os.environ["CHAOS_SOAK_S"] = f"{wanted.seconds:g}"
     where = HERE if wanted.part == "all" else HERE / f"test_{wanted.part}.py"
     # Only -s shows the summaries of long runs as they come.
     return int(pytest.main([str(where), "--timeout=0", "-s", *more]))

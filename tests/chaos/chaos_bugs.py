@@ -1,4 +1,4 @@
-"""Bugs put into the production code, each of which the harness must find (KVTIER_CHAOS_PLANT)."""
+"""Bugs put into the production code, each of which the harness must find (CHAOS_PLANT)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvtier.ledger.moves import Moves
 
 def plant(node: Node) -> None:
     """Plants what the environment names into this process."""
-    name = os.environ.get("KVTIER_CHAOS_PLANT", "")
+    name = os.environ.get("CHAOS_PLANT", "")
     if name:
         BUGS[name](node)
 

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WAIT_S = 120.0
 _PACKET_BYTES = 65536
-_PRELOADED = ("chaos_life", "chaos_damage", "chaos_faults")
+_PRELOADED = ("chaos_life", "chaos_survivor", "chaos_faults")
 
 
 class Nursery:

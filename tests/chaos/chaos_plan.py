@@ -1,8 +1,8 @@
 """What a run of the chaos tests was asked for: a seed, a size, and how to ask for it again.
 
-    KVTIER_CHAOS_SEED    chooses every random thing (1 unless set: CI repeats itself)
-    KVTIER_CHAOS_SIZE    multiplies every count (1 unless set: the size of CI)
-    KVTIER_CHAOS_COUNT   the count of the one part that runs, instead of its own times the size
+    CHAOS_SEED    chooses every random thing (1 unless set: CI repeats itself)
+    CHAOS_SIZE    multiplies every count (1 unless set: the size of CI)
+    CHAOS_COUNT   the count of the one part that runs, instead of its own times the size
 
 `python -m tests.chaos PART --seed N --size X --count N` sets them.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import random
 
-SEED = int(os.environ.get("KVTIER_CHAOS_SEED", "1"))
-SIZE = float(os.environ.get("KVTIER_CHAOS_SIZE", "1"))
-COUNT = int(os.environ.get("KVTIER_CHAOS_COUNT", "0"))
+SEED = int(os.environ.get("CHAOS_SEED", "1"))
+SIZE = float(os.environ.get("CHAOS_SIZE", "1"))
+COUNT = int(os.environ.get("CHAOS_COUNT", "0"))
 
 
 def count_of(count: int) -> int:
