@@ -5,15 +5,20 @@ Does not: know what it was that it damaged; chaos_survivor.py finds out what tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from kvtier.block import SLOTS_PER_SEGMENT_MAX
+from kvtier.errors import BlockCorrupt
+from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES
+from kvtier.tiers.slots import unpack_slot_header
 
 # What the directory holds.
 CHAINS: Final = 14  # in each space
@@ -141,7 +146,8 @@ def swap_slabs(state: Path, rng: random.Random) -> None:
 
 def _any_file(state: Path, rng: random.Random) -> Path:
     pattern = rng.choice(("slabs/*.slab", "catalogue/data.mdb", "*"))
-    return rng.choice(_files(state, pattern))
+    # What was removed before is not there to be damaged again.
+    return rng.choice(_files(state, pattern) or _files(state, "slabs/*.slab"))
 
 
 def truncate(state: Path, rng: random.Random) -> None:
@@ -176,6 +182,36 @@ def garbage(state: Path, rng: random.Random) -> None:
         file.write(rng.randbytes(4096))
 
 
+def replay_old_copies(state: Path, _: random.Random) -> None:
+    """Slots hold the former copy of blocks whose present one lies elsewhere; the catalogue, which
+    would know, is lost.
+    """
+    old = state.parent.parent / "old" / "state"
+    now = {_identity(record): record for _, record, _ in _records(state)}
+    for name, record, content in _records(old):
+        present = now.get(_identity(record))
+        path = state / name
+        if present is not None and present.slot != record.slot and path.exists():
+            index = record.slot & SLOTS_PER_SEGMENT_MAX - 1
+            _put_slot(path, record.slot_bytes, index, content)
+    (state / "catalogue" / "data.mdb").unlink(missing_ok=True)
+
+
+def _identity(record: SlotRecord) -> tuple[bytes, int, bytes]:
+    return record.label.namespace, record.label.shard, record.label.key
+
+
+def _records(state: Path) -> Iterator[tuple[Path, SlotRecord, bytes]]:
+    """Every slot with a sound header: its file's name, what the header says, all its bytes."""
+    for path in _files(state, "slabs/*.slab"):
+        content = path.read_bytes()
+        (slot_bytes,) = struct.unpack_from("<Q", content, 16)
+        for start in range(SLAB_RESERVED_BYTES, len(content), slot_bytes or len(content)):
+            with contextlib.suppress(BlockCorrupt, struct.error):
+                record = unpack_slot_header(memoryview(content), start)
+                yield path.relative_to(state), record, content[start : start + slot_bytes]
+
+
 # The last ones bring back what was: then what is gone may be found again (never other bytes).
 KINDS: Final[dict[str, Callable[[Path, random.Random], None]]] = {
     "flip-slab": flip_slab,
@@ -191,6 +227,7 @@ KINDS: Final[dict[str, Callable[[Path, random.Random], None]]] = {
     "replay-slots": replay_slots,
     "replay-slab": replay_slab,
     "replay-catalogue": replay_catalogue,
+    "replay-old-copies": replay_old_copies,
 }
 
 

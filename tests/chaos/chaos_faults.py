@@ -151,9 +151,7 @@ class Case:
         if (found := node.found(who, space, chain(one, BLOCKS))) > start:
             self.problem(one, found, "blocks are still there after an evict from", start)
 
-    async def read(
-        self, node: Node, who: Attached, space: int, one: str, least: int = 0
-    ) -> int:
+    async def read(self, node: Node, who: Attached, space: int, one: str, least: int = 0) -> int:
         try:
             count = await node.read(who, space, chain(one, BLOCKS))
         except AssertionError as error:

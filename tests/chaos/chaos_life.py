@@ -143,9 +143,9 @@ class Worker:
 
 
 async def _live(directory: str, seed: str, life: str, oracle: str, *, tight: bool) -> None:
-    node = node_of(directory, tight=tight)
-    await node.open()
-    chaos_bugs.plant(node)
+    chaos_bugs.early()
+    node = await node_of(directory, tight=tight).open()
+    chaos_bugs.late(node)
     await check(node, node.attach(), json.loads(Path(oracle).read_text()))  # noqa: ASYNC240
     say("ready")
     rng = random.Random(f"{seed}/{life}")

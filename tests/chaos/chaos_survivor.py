@@ -29,9 +29,7 @@ def _keys(space: str, number: int) -> list[bytes]:
     return chain(f"{space}{number}", BLOCKS)
 
 
-async def _put(
-    node: Node, who: Attached, space: int, keys: Sequence[bytes], version: int
-) -> None:
+async def _put(node: Node, who: Attached, space: int, keys: Sequence[bytes], version: int) -> None:
     done = 0
     while done < len(keys):
         above = keys[done - 1] if done else b""
@@ -102,9 +100,9 @@ def prepare(place: str, clean: bool) -> None:  # noqa: FBT001
 
 
 async def _survive(directory: Path, *, gone_stays: bool) -> None:
+    chaos_bugs.early()
     node = await _node(directory).open()
     who = node.attach()
-    chaos_bugs.plant(node)
     total = 0
     spaces = {name: node.space(who, name, form) for name, form in FORMATS.items()}
     for name, space in spaces.items():

@@ -65,9 +65,7 @@ def survive_all(place: Path, cases: list[Case], plant: str = "") -> tuple[list[s
             shutil.copytree(image / "new", work)
             damage(work / "state", case.kind, case.count, dice("damage", case.kind, case.number))
             gone_stays = case.count == 1 and not case.kind.startswith(("replay", "copy"))
-            nursery.begin(
-                "chaos_survivor:survive", str(work), gone_stays, CHAOS_PLANT=plant
-            )
+            nursery.begin("chaos_survivor:survive", str(work), gone_stays, CHAOS_PLANT=plant)
             status = nursery.end()
             said = nursery.said().splitlines()
             problems += [f"{case}: {line}" for line in said if line.startswith("PROBLEM")]

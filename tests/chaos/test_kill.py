@@ -67,7 +67,9 @@ class Lives:
 
     def script(self, failpoint: str) -> None:
         """Dies at the failpoint, or the failpoint is one that nothing reaches."""
-        self.begin("chaos_life:script", f"{self.place.name}.{self.count}", KVTIER_FAILPOINT=failpoint)
+        self.begin(
+            "chaos_life:script", f"{self.place.name}.{self.count}", KVTIER_FAILPOINT=failpoint
+        )
         self.end(self.nursery.end(), -signal.SIGKILL)
 
     def only_check(self) -> None:
