@@ -25,9 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=float, default=1.0, help="times the counts of CI")
-    parser.add_argument(
-        "--count", type=int, default=0, help="kills, flips, clients, ...: this many"
-    )
+    parser.add_argument("--count", type=int, default=0, help="so many kills, flips, clients")
     parser.add_argument("--seconds", type=float, default=None, help="of the soak")
     wanted = parser.parse_args(arguments)
     os.environ |= {

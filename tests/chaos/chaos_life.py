@@ -155,7 +155,7 @@ async def _live(directory: str, seed: str, life: str, oracle: str, *, tight: boo
             group.create_task(worker.work())
 
 
-def live(directory: str, seed: str, life: str, oracle: str, tight: bool) -> None:  # noqa: FBT001
+def live(directory: str, seed: str, life: str, oracle: str, tight: bool) -> None:
     """Random load until killed."""
     run(_live(directory, seed, life, oracle, tight=tight))
 
@@ -167,7 +167,7 @@ async def _only_check(directory: str, oracle: str, *, tight: bool) -> None:
     say("checked")
 
 
-def only_check(directory: str, oracle: str, tight: bool) -> None:  # noqa: FBT001
+def only_check(directory: str, oracle: str, tight: bool) -> None:
     """What is there, and a clean end."""
     run(_only_check(directory, oracle, tight=tight))
 
@@ -198,7 +198,7 @@ async def errands(node: Node, workers: list[Worker]) -> None:
     """What only an operator asks for."""
 
 
-def script(directory: str, life: str, oracle: str, tight: bool) -> None:  # noqa: FBT001
+def script(directory: str, life: str, oracle: str, tight: bool) -> None:
     """Everything once, in order, and a clean end, unless a failpoint ends it before."""
     failpoints.arm(os.environ.get("KVTIER_FAILPOINT", ""))
     run(_script(directory, life, oracle, tight=tight))

@@ -133,7 +133,7 @@ def _live(task: str, arguments: list[Any], log: str, environment: dict[str, str]
     module, _, name = task.partition(":")
     try:
         getattr(importlib.import_module(module), name)(*arguments)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it was, the log has it
         traceback.print_exc()
         return 1
     return 0

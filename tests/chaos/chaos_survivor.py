@@ -4,7 +4,7 @@
 damaged copy, reads all there was and goes on working. Content has a version, so that an older one
 of the same key is told from the right one.
 
-    v1 stored --> image/old --> some evicted, one space cleared, some stored again as v2 --> image/new
+    v1 stored --> old --> some evicted, one space cleared, some stored again as v2 --> new
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ async def _prepare(place: Path, *, clean: bool) -> None:
     os._exit(0)  # without a clean marker, unless closed
 
 
-def prepare(place: str, clean: bool) -> None:  # noqa: FBT001
+def prepare(place: str, clean: bool) -> None:
     """Makes `place/new` and, of an earlier time, `place/old`."""
     run(_prepare(Path(place), clean=clean))
 
@@ -126,6 +126,6 @@ async def _survive(directory: Path, *, gone_stays: bool) -> None:
     say("blocks", total)
 
 
-def survive(directory: str, gone_stays: bool) -> None:  # noqa: FBT001
+def survive(directory: str, gone_stays: bool) -> None:
     """Reads everything; says how many blocks came back."""
     run(_survive(Path(directory), gone_stays=gone_stays))

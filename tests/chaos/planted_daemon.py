@@ -1,4 +1,4 @@
-"""A real daemon with a bug that clients' deaths must bring to light: `planted_daemon.py BUG CONFIG`."""
+"""A real daemon with a bug that clients' deaths bring to light: `planted_daemon.py BUG CONFIG`."""
 
 from __future__ import annotations
 

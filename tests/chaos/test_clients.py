@@ -45,7 +45,7 @@ def swarm(daemon: Daemon, light: int, full: int, name: str) -> Iterator[list[int
 
 
 def kill_all(daemon: Daemon, count: int, name: str, within_s: float = BACK_S) -> float:
-    """So many clients die; seconds until nothing of theirs is left. AssertionError: something is."""
+    """So many clients die; seconds until nothing of theirs is left, which is asserted."""
     full = min(FULL, count)
     with swarm(daemon, count - full, full, name) as pids:
         leases, reservations, sessions = daemon.held()

@@ -25,6 +25,8 @@ WHOLE = 3 * CHAINS * BLOCKS
 
 @dataclass(frozen=True)
 class Case:
+    """One life after one kind of damage, so many times."""
+
     number: int
     kind: str
     count: int

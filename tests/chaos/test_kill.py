@@ -154,7 +154,7 @@ def test_kill_at_every_failpoint_and_again_while_recovering(tmp_path: Path) -> N
         place = tmp_path / str(turn)
         place.mkdir()
         with ThreadPoolExecutor(LANES) as pool:
-            list(pool.map(lambda part: kill_at_points(place, part), range(LANES)))
+            list(pool.map(kill_at_points, [place] * LANES, range(LANES)))
 
 
 def test_every_failpoint_is_in_the_list_and_in_the_code() -> None:

@@ -60,8 +60,9 @@ class Crowd:
             # Names repeat: the daemon's namespaces stay, so their number must not grow.
             name = f"n{self._number % 5}-{self._number}"
             with log.open("wb") as out:
+                command = [sys.executable, str(SOAKER), str(self.daemon.folder)]
                 process = subprocess.Popen(
-                    [sys.executable, str(SOAKER), str(self.daemon.folder), f"{SEED}/{name}", name[:2]],
+                    [*command, f"{SEED}/{name}", name[:2]],
                     stdin=subprocess.PIPE, stdout=out, stderr=out, text=True, env=ENVIRONMENT,
                 )  # fmt: skip
             life_s = self.rng.uniform(0.15, 0.5) * min(SOAK_S, 120.0)
