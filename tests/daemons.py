@@ -236,7 +236,7 @@ class Daemon:
             finally:
                 os.close(pidfd)
             assert manager in ready, self.log
-            assert manager.recv(100) == b"READY=1"
+            assert manager.recv(100) == b"READY=1", self.log
         return self
 
     def signal(self, number: signal.Signals) -> None:

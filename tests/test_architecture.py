@@ -47,7 +47,7 @@ LAYERS: dict[str, set[str]] = {
     "wire": {"block", "errors", "v1"},
     # Ledger, tiers and codec do not know each other.
     "ledger": {"block", "errors", "units"},
-    "tiers": {"block", "errors", "machine", "native", "units"},
+    "tiers": {"block", "errors", "failpoints", "machine", "native", "units"},
     "codec": {"block", "errors", "native", "units"},
     "transfer": {"block", "codec", "errors", "failpoints", "native", "tiers", "units"},
     # The store and what it is made of: where deciding meets doing.

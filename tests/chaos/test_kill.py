@@ -1,134 +1,172 @@
 """SIGKILL anywhere: what was promised is there, what was forgotten is not, no byte is wrong.
 
-A child runs the store; this process, which is not killed, keeps the oracle. `KVTIER_CHAOS_KILLS`
-and `KVTIER_CHAOS_SEED` choose how many kills and which.
+A child runs the store; this process, which is not killed, keeps the oracle.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from chaos_child import BLOCKS
+from chaos_nursery import ROOT, Nursery
+from chaos_oracle import Oracle
+from chaos_plan import count_of, dice
 
-KILLS = int(os.environ.get("KVTIER_CHAOS_KILLS", "10"))
-SEED = int(os.environ.get("KVTIER_CHAOS_SEED", "0")) or random.randrange(1, 1 << 31)
-CHILD = Path(__file__).with_name("chaos_child.py")
-ROOT = CHILD.parent.parent.parent
+from kvtier.testing.failpoints import POINTS
 
-
-class Oracle:
-    """What the answers of all lives so far allow: space -> chain -> [least, most] blocks."""
-
-    def __init__(self) -> None:
-        self.allowed: dict[str, dict[str, list[int]]] = {}
-        self.kept = self.gone = 0
-
-    def learn(self, lines: list[str]) -> None:
-        for line in lines:
-            verb, *words = line.split()
-            if verb in ("ready", "PROBLEM"):
-                continue
-            chains = self.allowed.setdefault(words[0], {})
-            if verb == "begin":
-                chains[words[1]] = [0, BLOCKS]
-            elif verb == "done" and words[2] == "durable":
-                chains[words[1]][0] = BLOCKS
-                self.kept += 1
-            elif verb == "evict":
-                chains[words[1]][0] = min(chains[words[1]][0], int(words[2]))
-            elif verb == "evicted":
-                chains[words[1]][1] = min(chains[words[1]][1], int(words[2]))
-                self.gone += 1
-            elif verb == "clear":
-                for bounds in chains.values():
-                    bounds[0] = 0
-            elif verb == "cleared":
-                for bounds in chains.values():
-                    bounds[1] = 0
-                self.gone += 1
+pytestmark = pytest.mark.timeout(0)
+LANES = 2
+LIVES_PER_DIRECTORY = 20  # so that the roomy tier never fills and checks stay short
 
 
 class Lives:
-    """Lives of a store on one directory, each ended by a kill."""
+    """Lives of a store on one directory, most of them ended by a kill."""
 
-    def __init__(self, tmp_path: Path, seed: int) -> None:
-        self.place, self.seed = tmp_path, seed
-        self.oracle = Oracle()
+    def __init__(self, place: Path, nursery: Nursery, seed: object, *, tight: bool) -> None:
+        place.mkdir()
+        self.place, self.nursery, self.seed, self.tight = place, nursery, str(seed), tight
+        self.oracle = Oracle(tight=tight)
         self.count = 0
 
-    def live(
-        self,
-        *,
-        run_s: float = 0.0,
-        until_line: bytes = b"ready\n",
-        times: int = 1,
-        failpoint: str = "",
-        plant: str = "",
-        only_check: bool = False,
-    ) -> list[str]:
-        """One life, until so many such lines and then for `run_s`; returns its problems."""
+    def begin(self, task: str, *arguments: Any, **environment: str) -> None:
         self.count += 1
-        told, said = self.place / "oracle.json", self.place / f"life-{self.count}.log"
-        told.write_text(json.dumps(self.oracle.allowed))
-        command = [sys.executable, str(CHILD), str(self.place / "node"), str(self.seed)]
-        command += [str(self.count), str(told), *(["only-check"] if only_check else [])]
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "KVTIER_CHAOS_PLANT": plant,
-            "KVTIER_FAILPOINT": failpoint,
-        }  # fmt: skip
-        errors = self.place / f"life-{self.count}.err"
-        with said.open("wb") as out, errors.open("wb") as err:
-            child = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-        try:
-            if failpoint or only_check:
-                child.wait(30)
-            else:
-                until = time.monotonic() + 30
-                while said.read_bytes().count(until_line) < times and child.poll() is None:
-                    assert time.monotonic() < until, errors.read_text()
-                    time.sleep(0.005)
-                time.sleep(run_s)
-        finally:
-            child.kill()
-            child.wait()
-        assert child.returncode == (0 if only_check else -9), errors.read_text()
-        lines = said.read_text().splitlines()
+        told = self.place / "oracle.json"
+        told.write_text(json.dumps(self.oracle.allowed()))
+        self.nursery.begin(
+            task, str(self.place / "node"), *arguments, str(told), self.tight, **environment
+        )
+
+    def end(self, status: int, *expected: int) -> None:
+        """The life is over: what it said must be no problem, and is learned."""
+        said = self.nursery.said()
+        assert status in expected, f"life {self.count}: status {status}: {said}"
+        lines = said.splitlines()
+        problems = [line for line in lines if line.startswith("PROBLEM")]
+        assert problems == [], f"life {self.count} of {self.place.name}: {problems}"
         self.oracle.learn(lines)
-        return [line for line in lines if line.startswith("PROBLEM")]
+
+    def random_life(self, rng: random.Random, **environment: str) -> None:
+        """Killed while it recovers, or somewhere in its work."""
+        life = f"{self.place.name}.{self.count}"
+        self.begin("chaos_life:live", self.seed, life, **environment)
+        if rng.random() < 0.3:
+            time.sleep(rng.uniform(0.0, 0.1))  # on purpose: anywhere
+        else:
+            alive = self.nursery.until(lambda said: "ready\n" in said)
+            assert alive, self.nursery.said()
+            time.sleep(rng.uniform(0.0, 0.25))
+        self.end(self.nursery.kill(), -signal.SIGKILL)
+
+    def script(self, point: str, nth: int = 1) -> bool:
+        """A life that dies there, or, where nothing gets there so often, ends in order: False."""
+        prepared(self, point)
+        life = f"{self.place.name}.{self.count}"
+        self.begin("chaos_life:script", life, KVTIER_FAILPOINT=f"{point}:{nth}")
+        status = self.nursery.end()
+        self.end(status, 0, -signal.SIGKILL)
+        return status != 0
+
+    def only_check(self) -> None:
+        self.begin("chaos_life:only_check")
+        self.end(self.nursery.end(), 0)
+
+
+def lane(place: Path, number: int, kills: int) -> Oracle:
+    """Kills, one after the other, on directories that are changed now and then."""
+    rng = dice("kill", number)
+    total = Oracle()
+    with Nursery(place / f"lane-{number}.log") as nursery:
+        for first in range(0, kills, LIVES_PER_DIRECTORY):
+            tight = (first // LIVES_PER_DIRECTORY + number) % 3 == 2
+            where = place / f"lane-{number}-{first}"
+            lives = Lives(where, nursery, f"{number}/{first}", tight=tight)
+            for _ in range(min(LIVES_PER_DIRECTORY, kills - first)):
+                lives.random_life(rng)
+            lives.only_check()
+            total.kept += lives.oracle.kept
+            total.gone += lives.oracle.gone
+    return total
 
 
 def test_kill_anywhere(tmp_path: Path) -> None:
-    print(f"KVTIER_CHAOS_SEED={SEED}")  # noqa: T201 - a failure can be repeated
-    lives, rng = Lives(tmp_path, SEED), random.Random(SEED)
-    for _ in range(KILLS):
-        assert lives.live(run_s=rng.uniform(0.0, 0.5)) == []
-    assert lives.live(only_check=True) == []
-    assert lives.oracle.kept
-    assert lives.oracle.gone
+    kills = count_of(200)
+    with ThreadPoolExecutor(LANES) as pool:
+        lanes = range(LANES)
+        done = list(pool.map(lambda n: lane(tmp_path, n, -(-kills // LANES)), lanes))
+    assert sum(oracle.kept for oracle in done) > kills
+    assert sum(oracle.gone for oracle in done) > kills
 
 
-POINTS = ("move.begin", "move.written", "erase.begin", "erase.done", "epoch.begin", "epoch.done")
+# --- failpoints
 
 
-def test_kill_at_every_failpoint(tmp_path: Path) -> None:
-    lives = Lives(tmp_path, SEED)
-    for number, point in enumerate(POINTS):
-        assert lives.live(failpoint=f"{point}:{1 + (SEED + number) % 3}") == [], point
-    assert lives.live(only_check=True) == []
+def prepared(lives: Lives, point: str) -> None:
+    """The directory as it must be for this failpoint to be met in the next life."""
+    catalogue = lives.place / "node" / "state" / "catalogue"
+    if point.startswith("rebuild"):
+        for file in catalogue.iterdir():
+            file.unlink()
+    if point == "slab.shrink":
+        for slab in catalogue.parent.glob("slabs/*.slab"):
+            os.truncate(slab, slab.stat().st_size + 4096)
+    if point.startswith("aside"):
+        with (catalogue / "data.mdb").open("r+b") as file:
+            file.write(bytes(16384))
 
 
-@pytest.mark.parametrize("bug", ["flip", "evict"])
-def test_the_harness_finds_planted_bugs(tmp_path: Path, bug: str) -> None:
-    lives = Lives(tmp_path, 7)
-    lives.live(until_line=b"evicted ", times=30, plant="" if bug == "flip" else bug)
-    found = lives.live(only_check=True, plant=bug if bug == "flip" else "")
-    assert found, "the harness is broken"
-    if bug == "flip":
-        assert any("wrong bytes" in line for line in found)
+NEEDS_FULL = ("slab.emptied", "slab.unnamed", "slab.cut")
+RECOVERY = [point for point in POINTS if point.startswith(("recover", "file", "catalogue.begin"))]
+
+
+def kill_at_points(place: Path, part: int) -> list[str]:
+    """One life dies at each failpoint, the next while it recovers. Returns those never reached."""
+    rng = dice("failpoints", part)
+    never = []
+    with Nursery(place / f"points-{part}.log") as nursery:
+        roomy = Lives(place / f"roomy-{part}", nursery, part, tight=False)
+        tight = Lives(place / f"tight-{part}", nursery, part, tight=True)
+        for lives in (roomy, tight):
+            assert lives.script("move.written")
+        for number, point in enumerate(POINTS):
+            if number % LANES != part:
+                continue
+            lives = tight if point.startswith(NEEDS_FULL) else roomy
+            if not (lives.script(point, rng.choice((1, 2, 5))) or lives.script(point)):
+                never.append(point)
+            lives.script(RECOVERY[(number + rng.randrange(2)) % len(RECOVERY)])
+        for lives in (roomy, tight):
+            lives.only_check()
+    return never
+
+
+def test_kill_at_every_failpoint_and_again_while_recovering(tmp_path: Path) -> None:
+    for turn in range(count_of(1)):
+        place = tmp_path / str(turn)
+        place.mkdir()
+        with ThreadPoolExecutor(LANES) as pool:
+            never = list(pool.map(kill_at_points, [place] * LANES, range(LANES)))
+        assert never == [[]] * LANES, "failpoints that nothing reaches"
+
+
+def test_every_failpoint_is_in_the_list_and_in_the_code() -> None:
+    reached = set()
+    for path in (ROOT / "kvtier").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "reach"
+            ):
+                [name] = node.args
+                assert isinstance(name, ast.Constant), f"{path}: a name that cannot be searched for"
+                reached.add(name.value)
+    assert reached == POINTS.keys()
+    assert len(POINTS) >= 40

@@ -42,6 +42,7 @@ from kvtier.store import Store
 from kvtier.testing.faults import FaultyTier, Gate
 from kvtier.tiers.arena import Arena, MappedArena
 from kvtier.tiers.dram import DramTier
+from kvtier.tiers.files import Files
 from kvtier.tiers.ssd import SsdTier
 from kvtier.units import KIB, MIB, SystemClock
 
@@ -120,8 +121,10 @@ class Node:
         dram_high_water: float = 0.9,
         write_arena_bytes: int = MIB,
         watch_events_max: int = 4096,
+        files: Files | None = None,
         **limits: Any,
     ) -> None:
+        self.files = files
         limits.setdefault("block_bytes_max", min(write_arena_bytes, MIB))
         self.config = Config(
             server=ServerConfig(
@@ -171,6 +174,7 @@ class Node:
                     tiers.ssd.size_bytes // tiers.ssd.segment_bytes,
                     tiers.ssd.segment_bytes,
                     min_free_bytes=0,
+                    files=self.files,
                 )
             )
         self.store = await Store.open(self.config, dram=self.dram, ssd=self.ssd, clock=self.clock)
