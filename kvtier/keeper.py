@@ -15,7 +15,7 @@ import functools
 import gc
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any, TypeVar
@@ -36,12 +36,13 @@ from kvtier.block import (
 from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
 from kvtier.durability import Durability
+from kvtier.erasing import Erasing
 from kvtier.errors import InvariantViolated, KvTierError, TierFailed
 from kvtier.health import Health
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
-from kvtier.ledger.ledger import Erasure, Ledger
+from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.ledger.recovery import Claim, restore
 from kvtier.ledger.search import Span, all_in
@@ -129,12 +130,11 @@ class Keeper:
         self.durability = Durability(
             ssd, self.ledger, self.moves, self.mover, self.progress, clock, self.in_thread
         )
+        self.erasing = Erasing(ssd, self.ledger, self.moves, self.progress, self.in_thread)
         self._started_s = clock.monotonic_s()
         self._rates = Rates()
         self._woken = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
-        self._erasing = asyncio.Lock()
-        self._unerased: list[Erasure] = []  # the tier failed: to be tried again
         self._sweeping: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._epochs = threading.Lock()
@@ -144,7 +144,6 @@ class Keeper:
         )
         self._starving = False
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
-        self._wipes_failed = 0
 
     def reconfigure(self, config: Config) -> None:
         """Takes over what may change live; the rest of `config` must be as it was."""
@@ -282,7 +281,7 @@ class Keeper:
             if self.health.is_due:
                 await self.health.reopen()
             if not self.health.is_closed:
-                await self._erase_pending()
+                await self.erasing.run()
         except TierFailed as error:
             self.health.failed(error)
         try:
@@ -417,68 +416,7 @@ class Keeper:
         self.wake()
         return before
 
-    # --- erasures
-
-    async def _erase_pending(self) -> None:
-        """Records first, then the slots are free. In order: a slot written anew is never erased."""
-        # In a task of its own: its caller may be cancelled, but a slot whose record a thread is
-        # erasing must not be written meanwhile.
-        work = asyncio.get_running_loop().create_task(self._erase_in_turn())
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(work)
-
-    async def _erase_in_turn(self) -> None:
-        """What fails is kept, its slots with it, and tried again: it must not come back at a
-        restart, and whoever evicts it again is told the truth. Raises TierFailed, at the end.
-        """
-        async with self._erasing:
-            erasures = self._unerased + self.ledger.take_erasures()
-            self._unerased = []
-            failed: TierFailed | None = None
-            for wipe in (True, False):
-                chosen = [erasure for erasure in erasures if erasure.wipe is wipe]
-                for at in range(0, len(chosen), 1024):
-                    part = chosen[at : at + 1024]
-                    try:
-                        await self._erase(part, wipe)
-                    except TierFailed as error:
-                        self._unerased.extend(part)
-                        self._wipes_failed += wipe
-                        failed = error
-            self.progress.notify()
-            if failed is not None:
-                raise failed
-
-    async def _erase(self, erasures: list[Erasure], wipe: bool) -> None:
-        assert self.ssd is not None
-        records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
-        reach("erase.begin")
-        await self.in_thread(functools.partial(self.ssd.erase, records, durable=wipe))
-        reach("erase.done")
-        self.ledger.erased(erasures)
-        self.progress.notify()
-
-    def moves_of(self, space: Namespace, keys: Iterable[bytes]) -> list[int]:
-        """Moves of these blocks that are under way."""
-        running = self.moves.by_target
-        targets = ((space.id, key, tier) for key in keys for tier in self.ledger.tiers)
-        return [running[target] for target in targets if target in running]
-
-    async def erase_for_good(self, moves: Collection[int]) -> None:
-        """Returns when nothing of what was evicted can come back, not even by these moves, which
-        were under way.
-
-        Raises TierFailed when the SSD tier could not promise that.
-        """
-        if self.ssd is None:
-            return
-        failed_before = self._wipes_failed
-        while any(move in self.moves.moves for move in moves):
-            await self.progress.wait(_TICK_S)
-        with contextlib.suppress(TierFailed):
-            await self._erase_pending()
-        if self._wipes_failed != failed_before:
-            raise TierFailed("the blocks are gone, but not yet durably so: evict them again")
+    # --- epochs
 
     async def begin_epoch(self, space: Namespace) -> None:
         """The namespace's new epoch is on stable storage when this returns. Raises TierFailed."""
@@ -517,7 +455,7 @@ class Keeper:
             await asyncio.wait([self._sweeping])
         if self.ssd is not None:
             try:
-                await self._erase_pending()
+                await self.erasing.run()
             except TierFailed as error:
                 log.warning("erase.failed %s", error)
         await asyncio.get_running_loop().run_in_executor(None, self._close_tiers)

@@ -691,10 +691,10 @@ class Store:
                 gone, done = self._ledger.evict_some(space, part)
                 if gone:
                     count += len(gone)
-                    moves += self.keeper.moves_of(space, gone)
+                    moves += self.keeper.erasing.moves_of(space, gone)
                     self.keeper.wake()
                 await asyncio.sleep(0)
-        await self.keeper.erase_for_good(moves)
+        await self.keeper.erasing.for_good(moves)
         return count
 
     async def clear_namespace(self, session: Session | None, namespace_id: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ FUNCTION_LINES_MAX = 70
 # A ratchet: what is longer today may shrink, never grow. Lower the number when it does.
 LONGER_FILES: dict[str, int] = {
     "block.py": 487,
-    "keeper.py": 634,
+    "keeper.py": 572,
     "ledger/ledger.py": 671,
     "ledger/moves.py": 411,
     "store.py": 782,
@@ -57,8 +57,9 @@ LAYERS: dict[str, set[str]] = {
     "tally": {"block", "counts", "ledger", "session", "transfer"},
     "durability": {"block", "errors", "ledger", "progress", "tiers", "transfer", "units"},
     "health": {"block", "errors", "ledger", "tiers", "units"},
-    "keeper": {"block", "config", "counts", "durability", "errors", "failpoints", "health",
-               "ledger", "native", "progress", "recycling", "session", "tally", "tiers",
+    "erasing": {"errors", "failpoints", "ledger", "progress", "tiers"},
+    "keeper": {"block", "config", "counts", "durability", "erasing", "errors", "failpoints",
+               "health", "ledger", "native", "progress", "recycling", "session", "tally", "tiers",
                "transfer", "units"},
     "store": {"block", "config", "counts", "errors", "failpoints", "keeper", "ledger", "session",
               "tiers", "units"},

@@ -71,9 +71,9 @@ def evict_forgets_the_disk(node: Node) -> None:
     async def forgetful(*_: object, **__: object) -> None:
         pass
 
-    keeper: Any = node.store.keeper
-    keeper.erase_for_good = forgetful
-    keeper._erase_pending = forgetful
+    erasing: Any = node.store.keeper.erasing
+    erasing.for_good = forgetful
+    erasing.run = forgetful
 
 
 EARLY: dict[str, Callable[[], None]] = {

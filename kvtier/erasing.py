@@ -1,0 +1,108 @@
+"""Erasing: records of dropped copies go from the SSD tier, then their slots are free.
+
+Does not: choose what is dropped (the ledger does), or wipe bytes (tiers/).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterable
+
+from kvtier.errors import TierFailed
+from kvtier.ledger.chain import Namespace
+from kvtier.ledger.ledger import Erasure, Ledger
+from kvtier.ledger.moves import Moves
+from kvtier.progress import Progress
+from kvtier.testing.failpoints import reach
+from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.ssd import SsdTier
+
+_LOOK_S = 0.25  # how often a wait looks again when nobody says that something happened
+
+
+class Erasing:
+    """Erasures of one ledger's SSD tier. Event loop only."""
+
+    def __init__(
+        self,
+        ssd: SsdTier | None,
+        ledger: Ledger,
+        moves: Moves,
+        progress: Progress,
+        in_thread: Callable[[Callable[[], None]], asyncio.Future[None]],
+    ) -> None:
+        self._ssd = ssd
+        self._ledger = ledger
+        self._moves = moves
+        self._progress = progress
+        self._in_thread = in_thread
+        self._turn = asyncio.Lock()
+        self._unerased: list[Erasure] = []  # the tier failed: to be tried again
+        self._wipes_failed = 0
+
+    async def run(self) -> None:
+        """Records first, then the slots are free. In order: a slot written anew is never erased.
+
+        Raises:
+            TierFailed: some could not be erased: they are kept, and tried again by the next call.
+        """
+        # In a task of its own: its caller may be cancelled, but a slot whose record a thread is
+        # erasing must not be written meanwhile.
+        work = asyncio.get_running_loop().create_task(self._in_turn())
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(work)
+
+    async def _in_turn(self) -> None:
+        """What fails is kept, its slots with it, and tried again: it must not come back at a
+        restart, and whoever evicts it again is told the truth. Raises TierFailed, at the end.
+        """
+        async with self._turn:
+            erasures = self._unerased + self._ledger.take_erasures()
+            self._unerased = []
+            failed: TierFailed | None = None
+            for wipe in (True, False):
+                chosen = [erasure for erasure in erasures if erasure.wipe is wipe]
+                for at in range(0, len(chosen), 1024):
+                    part = chosen[at : at + 1024]
+                    try:
+                        await self._erase(part, wipe)
+                    except TierFailed as error:
+                        self._unerased.extend(part)
+                        self._wipes_failed += wipe
+                        failed = error
+            self._progress.notify()
+            if failed is not None:
+                raise failed
+
+    async def _erase(self, erasures: list[Erasure], wipe: bool) -> None:
+        assert self._ssd is not None
+        records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
+        reach("erase.begin")
+        await self._in_thread(functools.partial(self._ssd.erase, records, durable=wipe))
+        reach("erase.done")
+        self._ledger.erased(erasures)
+        self._progress.notify()
+
+    def moves_of(self, space: Namespace, keys: Iterable[bytes]) -> list[int]:
+        """Moves of these blocks that are under way."""
+        running = self._moves.by_target
+        targets = ((space.id, key, tier) for key in keys for tier in self._ledger.tiers)
+        return [running[target] for target in targets if target in running]
+
+    async def for_good(self, moves: Collection[int]) -> None:
+        """Returns when nothing of what was evicted can come back, not even by these moves, which
+        were under way.
+
+        Raises TierFailed when the SSD tier could not promise that.
+        """
+        if self._ssd is None:
+            return
+        failed_before = self._wipes_failed
+        while any(move in self._moves.moves for move in moves):
+            await self._progress.wait(_LOOK_S)
+        with contextlib.suppress(TierFailed):
+            await self.run()
+        if self._wipes_failed != failed_before:
+            raise TierFailed("the blocks are gone, but not yet durably so: evict them again")
