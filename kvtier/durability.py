@@ -15,6 +15,7 @@ from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import PLANNED_MAX, Moves
 from kvtier.progress import Progress
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.ssd import SsdTier
 from kvtier.transfer.mover import Mover
 from kvtier.units import Clock
@@ -62,6 +63,7 @@ class Durability:
         if self._ssd is None:
             raise TierFailed("durable commits need the SSD tier: tiers.ssd.enabled")
         lower = TierId.SSD
+        reach("durable.begin")
         until_s = self._clock.monotonic_s() + _DURABLE_S
         while True:
             missing = {id(run): run for run in self._only_above(space, keys)}
@@ -82,7 +84,9 @@ class Durability:
             await self._progress.wait(_LOOK_S)
         if self.stopping:
             raise DaemonUnavailable("the daemon is stopping: it could not sync the blocks")
+        reach("durable.written")
         await self._in_thread(self._ssd.sync)
+        reach("durable.synced")
         gone = sum(self._ledger.chains.find(space, key) is None for key in expected)
         if gone:
             raise BlocksGone(
@@ -114,7 +118,9 @@ class Durability:
             if now_s >= until_s or (self._mover.is_idle and not self._ledger.is_erasing):
                 break
             await self._progress.wait(until_s - now_s)
+        reach("flush.written")
         await self._in_thread(self._ssd.sync)
+        reach("flush.synced")
         return self.copied_down - before, self._ledger.dirty_blocks()
 
     def _copy_dirty(self, runs_max: int | None) -> list[Move]:

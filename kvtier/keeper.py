@@ -178,6 +178,7 @@ class Keeper:
         started_s = keeper.now_s()
         if ssd is not None:
             await keeper._recover(ssd)
+        reach("recover.restored")
         keeper.tally.recovery_s = keeper.now_s() - started_s
         keeper._tending = asyncio.get_running_loop().create_task(keeper._tend())
         return keeper
@@ -450,6 +451,7 @@ class Keeper:
             await asyncio.wait([self._tending])
         self.durability.stopping = True
         self.progress.notify()
+        reach("close.begin")
         await self.mover.close()
         if self._sweeping is not None:
             await asyncio.wait([self._sweeping])
@@ -458,7 +460,9 @@ class Keeper:
                 await self.erasing.run()
             except TierFailed as error:
                 log.warning("erase.failed %s", error)
+        reach("close.erased")
         await asyncio.get_running_loop().run_in_executor(None, self._close_tiers)
+        reach("close.done")
 
     def _close_tiers(self) -> None:
         self._copy_pool.shutdown()

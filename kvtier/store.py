@@ -54,6 +54,7 @@ from kvtier.ledger.holdings import Entry, Lease, Reservation
 from kvtier.ledger.ledger import segments_of
 from kvtier.ledger.search import Span, cut_spans
 from kvtier.session import Session
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.arena import Arena
 from kvtier.tiers.room import WriteRoom
 from kvtier.units import MIB
@@ -563,6 +564,7 @@ class Store:
     ) -> CommitResult:
         session.copying += 1
         try:
+            reach("commit.begin")
             checksums = await self._copy_in(session, reservation, entries)
         except KvTierError:
             self._filling.fail_commit(reservation, entries)
@@ -573,6 +575,7 @@ class Store:
             session.copying -= 1
             if session.ended:
                 self._close_room_when_quiet(session)
+        reach("commit.copied")
         ended = reservation.ended
         filled = self._filling.finish_commit(reservation, entries, checksums)
         self._return_room(reservation, session)
@@ -588,6 +591,7 @@ class Store:
             self._tell_stored(space, entries, filled.ready)
         self.keeper.tally.written_bytes += len(entries) * space.shard_bytes
         self.keeper.wake()
+        reach("commit.ready")
         if durable:
             keys = [entry.key for entry in entries]
             await self.keeper.durability.make_durable(space, keys, expected=filled.ready)

@@ -33,6 +33,7 @@ import xxhash
 
 from kvtier.block import SEGMENTS_MAX, SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
 from kvtier.errors import TierFailed
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.files import Files
 from kvtier.tiers.shared import Shared
@@ -125,13 +126,16 @@ class Catalogue:
                 raise TierFailed(f"{self._path}: {problem}")
         else:
             self._forget_clean()
+        reach("recover.catalogue")
         found: list[bytes | None] = []
         self._transact(lambda txn: found.append(txn.get(_COMPLETE, db=self._main)))
         return found[-1] is not None
 
     def complete(self) -> None:
         """All that slabs hold is listed: from now on the catalogue alone is believed."""
+        reach("rebuild.listed")
         self._transact(lambda transaction: transaction.put(_COMPLETE, b"1", db=self._main))
+        reach("rebuild.done")
 
     def _problem(self) -> str | None:
         """Why the file cannot be trusted; read without mapping it."""
@@ -175,7 +179,9 @@ class Catalogue:
             self._path, problem, target.name,
         )  # fmt: skip
         try:
+            reach("aside.begin")
             self._files.rename(self._path, target)
+            reach("aside.done")
             for old in sorted(target.parent.glob("catalogue.damaged-*"))[:-_SET_ASIDE_MAX]:
                 shutil.rmtree(old)
         except OSError as error:
@@ -186,6 +192,7 @@ class Catalogue:
         try:
             self._files.unlink(self._clean)
             self._files.sync_directory(self._clean.parent)
+            reach("recover.unclean")
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
@@ -196,8 +203,10 @@ class Catalogue:
                 raise TierFailed(f"{self._path} is not open")
             while True:
                 try:
+                    reach("catalogue.begin")
                     with self._env.begin(write=True, db=self._db) as transaction:
                         work(transaction)
+                    reach("catalogue.committed")
                     return
                 except lmdb.MapFullError as error:
                     if self._map_bytes >= _MAP_BYTES_MAX:
@@ -259,6 +268,7 @@ class Catalogue:
                     found = cursor.delete()
 
         self._transact(work)
+        reach("slab.emptied")
 
     def records(
         self, epochs: Mapping[bytes, int], cuts: Sequence[tuple[int, int]], segment_bytes: int
@@ -320,6 +330,7 @@ class Catalogue:
                     bad.append(slot)
 
         self._transact(work)
+        reach("recover.records")
         return good, bad
 
     def sync(self) -> None:
@@ -338,7 +349,9 @@ class Catalogue:
             if self._unsynced is not None:
                 raise self._unsynced
             try:
+                reach("catalogue.sync")
                 self._env.sync(True)
+                reach("catalogue.synced")
             except lmdb.Error as error:
                 self._unsynced = TierFailed(
                     f"{self._path}: a sync failed ({error}); restart the daemon when the disk is "
@@ -354,6 +367,7 @@ class Catalogue:
         with self._lock:
             self._env.close()
             self._env = None
+            reach("catalogue.closed")
         try:
             self._files.replace(self._clean, b"")
         except OSError as error:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtier import machine, native
+from kvtier.testing.failpoints import reach
 
 
 class Files:
@@ -106,11 +107,15 @@ class Files:
             try:
                 if content:
                     self.write(fd, memoryview(content), 0)
+                reach("file.written")
                 self.sync(fd)
+                reach("file.synced")
             finally:
                 self.close(fd)
             self.rename(temporary, path)
+            reach("file.renamed")
             self.sync_directory(path.parent)
+            reach("file.done")
         except OSError:
             self.unlink(temporary)
             raise

@@ -29,6 +29,7 @@ from typing import Final
 from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
 from kvtier.errors import BlockCorrupt, TierFailed
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.files import Files
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
@@ -125,9 +126,12 @@ class Slab:
                 f"{format_bytes(free)} free, of which {format_bytes(min_free_bytes)} stay unused"
             )
         try:
+            reach("slab.create")
             fd = self._files.open(self.path, self._flags | os.O_CREAT)
             try:
+                reach("slab.open")
                 self._files.allocate(fd, self.size_bytes)
+                reach("slab.allocated")
                 self._files.sync(fd)
                 self._files.sync_directory(self.path.parent)
             except OSError:
@@ -137,12 +141,14 @@ class Slab:
         except OSError as error:
             raise self.failed(error) from error
         self.fd = fd
+        reach("slab.created")
 
     def resize(self) -> None:
         """Brings an existing file to the planned size. Hold `lock`. Raises TierFailed."""
         try:
             size = self._files.size_bytes(self.fd)
             if size > self.size_bytes:
+                reach("slab.shrink")
                 self._files.truncate(self.fd, self.size_bytes)
             elif size < self.size_bytes:
                 self._files.allocate(self.fd, self.size_bytes)
@@ -155,7 +161,9 @@ class Slab:
         Hold `lock`. Durable with the next `sync`. Raises TierFailed: nothing was changed for us.
         """
         head = _SLAB.pack(_SLAB_MAGIC, _VERSION, self.index, slot_bytes, generation)
+        reach("slab.unnamed")
         self._write(0, head + _SUM.pack(native.checksum_bytes(head)), PAGE_BYTES)
+        reach("slab.cut")
         self.slot_bytes, self.cut_generation = slot_bytes, generation
 
     def list_names(self, names: Mapping[bytes, tuple[int, bytes]]) -> None:
@@ -175,6 +183,7 @@ class Slab:
         head = _NAMES.pack(_NAMES_MAGIC, revision, len(packed), 0)
         page = head + _SUM.pack(native.checksum_bytes(head[8:] + packed)) + packed
         self._write(_NAMES_OFFSETS[revision % 2], page, _NAMES_BYTES)
+        reach("slab.named")
         self._revision, self.names = revision, dict(names)
 
     def _write(self, offset: int, content: bytes, size_bytes: int) -> None:

@@ -32,6 +32,7 @@ from kvtier.errors import (
     InvariantViolated,
     TierFailed,
 )
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, TierCounts
 from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged, pack_record
 from kvtier.tiers.dram import add_counts
@@ -115,6 +116,7 @@ class SsdTier:
             if slab.open_existing():
                 slab.resize()
                 self._book.merge(slab.names)
+        reach("recover.opened")
         collects = gc.isenabled()
         gc.disable()  # millions of objects that all stay: collecting meanwhile doubles the time
         try:
@@ -129,6 +131,7 @@ class SsdTier:
         if bad:
             self._catalogue.delete(bad)
             self._count(TierCounts(corrupt_count=self._catalogue.damaged_count))
+        reach("recover.cleaned")
         newest = max((record.label.generation for record in good), default=0)
         newest = max([newest, *(slab.cut_generation for slab in self._slabs)])
         # Slots written but never listed may hold later generations of the former start.
@@ -151,6 +154,7 @@ class SsdTier:
         slabs = [slab for slab in self._slabs if slab.fd >= 0]
         with ThreadPoolExecutor(_SCAN_THREADS, "kvtier-scan") as pool:
             found = list(pool.map(lambda slab: list(slab.scan()), slabs))
+        reach("rebuild.scanned")
         self._catalogue.put(pack_record(*record) for records in found for record in records)
         self._catalogue.complete()
 
@@ -209,13 +213,17 @@ class SsdTier:
             slabs = [self._slabs[item.slot >> SLOT_BITS] for item in items]
             for item in items:
                 item.label.generation = next(self._generations)
+            reach("write.begin")
             self._staging.write(items, *places(items, slabs))
+        reach("write.written")
         for segment, before in failures.items():
             written = [i for i in items if i.slot >> SLOT_BITS == segment and i.error is None]
             attempt(written, partial(self._slabs[segment].sync, before))
+        reach("write.synced")
         good = [item for item in items if item.error is None]
         records = [pack_record(item.slot, item.slot_bytes, item.label) for item in good]
         attempt(good, partial(self._catalogue.put, records))
+        reach("write.listed")
         self._wipe_failed(items)
         done = [item.label.size_bytes for item in good if item.error is None]
         self._count(
@@ -322,10 +330,14 @@ class SsdTier:
             TierFailed: that was not possible for all of them; some may be gone.
         """
         records = self._catalogue.matching(slots)
+        reach("erase.matched")
         self._wipes.wipe(records)
+        reach("erase.wiped")
         if durable:
             self._wipes.sync()
+            reach("erase.synced")
         self._catalogue.delete(record.slot for record in records)
+        reach("erase.deleted")
         if durable:
             self._catalogue.sync()
 

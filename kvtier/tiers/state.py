@@ -14,6 +14,7 @@ from typing import Final
 
 from kvtier import machine, native
 from kvtier.errors import DeviceUnavailable, TierFailed, VersionMismatch
+from kvtier.testing.failpoints import reach
 from kvtier.tiers.files import Files
 
 STATE_VERSION: Final = (1, 0)  # (major, minor); another major is another layout
@@ -85,6 +86,7 @@ class NamespaceBook:
 
     def load(self) -> None:
         """Reads the file; a damaged one is set aside and counts as missing. Raises TierFailed."""
+        reach("recover.begin")
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:

@@ -27,8 +27,15 @@ AGAIN: Final = range(4, 8)  # chains that were evicted and stored again with oth
 CLEARED: Final = "b"  # its first chains died with their epoch; AGAIN are of the new one
 
 
+# A state of another version is refused, not damaged: tests/tiers look after it.
+_OF_ANOTHER_VERSION: Final = "VERSION"
+
+
 def _files(state: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in state.glob(pattern) if path.is_file())
+    """Files to choose from; where there is none, slabs."""
+    found = [path for path in state.glob(pattern) if path.is_file()]
+    found = [path for path in found if path.name != _OF_ANOTHER_VERSION]
+    return sorted(found) or sorted(state.glob("slabs/*.slab"))
 
 
 def _slab(state: Path, rng: random.Random) -> tuple[Path, int, int]:
@@ -36,9 +43,7 @@ def _slab(state: Path, rng: random.Random) -> tuple[Path, int, int]:
     slabs = _files(state, "slabs/*.slab")
     while True:
         path = slabs.pop(rng.randrange(len(slabs)))
-        with path.open("rb") as file:
-            head = file.read(24)
-        slot_bytes = struct.unpack_from("<Q", head.ljust(24, b"\0"), 16)[0]
+        slot_bytes = _slot_bytes(path)
         count = (path.stat().st_size - SLAB_RESERVED_BYTES) // max(slot_bytes, 1)
         if slot_bytes >= 8192 and count > 0:
             return path, slot_bytes, count
@@ -146,8 +151,7 @@ def swap_slabs(state: Path, rng: random.Random) -> None:
 
 def _any_file(state: Path, rng: random.Random) -> Path:
     pattern = rng.choice(("slabs/*.slab", "catalogue/data.mdb", "*"))
-    # What was removed before is not there to be damaged again.
-    return rng.choice(_files(state, pattern) or _files(state, "slabs/*.slab"))
+    return rng.choice(_files(state, pattern))
 
 
 def truncate(state: Path, rng: random.Random) -> None:
@@ -183,18 +187,26 @@ def garbage(state: Path, rng: random.Random) -> None:
 
 
 def replay_old_copies(state: Path, _: random.Random) -> None:
-    """Slots hold the former copy of blocks whose present one lies elsewhere; the catalogue, which
-    would know, is lost.
+    """Wipes were lost: slots that are free hold the former copy of blocks whose present one lies
+    elsewhere; and the catalogue, which would know, is lost, too.
     """
     old = state.parent.parent / "old" / "state"
-    now = {_identity(record): record for _, record, _ in _records(state)}
+    present = list(_records(state))
+    blocks = {_identity(record) for _, record, _ in present}
+    taken = {record.slot for _, record, _ in present}
     for name, record, content in _records(old):
-        present = now.get(_identity(record))
         path = state / name
-        if present is not None and present.slot != record.slot and path.exists():
+        if not path.exists() or _slot_bytes(path) != record.slot_bytes:
+            continue  # cut anew since: it would lie across others
+        if _identity(record) in blocks and record.slot not in taken:
             index = record.slot & SLOTS_PER_SEGMENT_MAX - 1
             _put_slot(path, record.slot_bytes, index, content)
     (state / "catalogue" / "data.mdb").unlink(missing_ok=True)
+
+
+def _slot_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return int(struct.unpack("<Q", file.read(24).ljust(24, b"\0")[16:])[0])
 
 
 def _identity(record: SlotRecord) -> tuple[bytes, int, bytes]:
@@ -232,8 +244,12 @@ KINDS: Final[dict[str, Callable[[Path, random.Random], None]]] = {
 
 
 def damage(state: Path, kind: str, count: int, rng: random.Random) -> None:
-    """`count` times this kind; some lose the catalogue besides, so that slabs are all there is."""
+    """`count` times this kind; some lose the catalogue besides, so that slabs are all there is.
+
+    Not with slots of the past: where they take the place of the only newer copy, nothing that is
+    left on the disk could tell.
+    """
     for _ in range(count):
         KINDS[kind](state, rng)
-    if rng.random() < 0.25:
+    if rng.random() < 0.25 and not kind.startswith("replay"):
         (state / "catalogue" / "data.mdb").unlink(missing_ok=True)

@@ -37,6 +37,7 @@ ERRORS = {
     "read": ("EIO", "short"),
     "read_slot": ("EIO", "short", "slow"),
     "commit": ("EIO", "ENOSPC", "slow"),
+    "sync_catalogue": ("EIO", "slow"),
 }
 SLOW_S = 10.0
 
@@ -194,7 +195,7 @@ class FailingEnvironment:
         return _Committing(transaction, self._files) if options.get("write") else transaction
 
     def sync(self, *arguments: Any) -> None:
-        how = self._files.strikes("commit")
+        how = self._files.strikes("sync_catalogue")
         if how:
             raise lmdb.Error(f"mdb_env_sync: {os.strerror(getattr(errno, how))}")
         self._environment.sync(*arguments)

@@ -71,7 +71,8 @@ async def _prepare(place: Path, *, clean: bool) -> None:
     who = node.attach()
     spaces = {name: node.space(who, name, form) for name, form in FORMATS.items()}
     for name, space in spaces.items():
-        for number in range(CHAINS):
+        # In turns, those that go and those that stay: so that no slab is free, and cut anew.
+        for number in sorted(range(CHAINS), key=lambda number: number % 8):
             await _put(node, who, space, _keys(name, number), 1)
     await node.store.flush(10.0)
     await node.close()
@@ -83,8 +84,18 @@ async def _prepare(place: Path, *, clean: bool) -> None:
     for name, space in spaces.items():
         for number in (*GONE, *AGAIN):
             await node.evict(who, space, _keys(name, number)[:1])
+    # For a while their slots are others': what is stored again lies elsewhere, and where it lay
+    # is free in the end.
+    fillers = {name: [chain(f"{name}-filler-{n}", BLOCKS) for n in range(8)] for name in FORMATS}
+    for name, space in spaces.items():
+        for keys in fillers[name]:
+            await _put(node, who, space, keys, 1)
+    for name, space in spaces.items():
         for number in AGAIN:
             await _put(node, who, space, _keys(name, number), 2)
+    for name, space in spaces.items():
+        for keys in fillers[name]:
+            await node.evict(who, space, keys[:1])
     if clean:
         await node.close()
     say("prepared")

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.timeout(0)
 LANES = 2
 CASES = [(operation, how) for operation, hows in ERRORS.items() for how in hows]
 # CI looks where things change; the large size at every call, until the workload runs clean.
-SOME = [1, 2, 4, 10, 40, 150]
-FEW = [1, 3]  # errors that are no different to us
+SOME = [1, 2, 4, 10, 40]
+FEW = [1, 5]  # errors that are no different to us
 
 
 def numbers(how: str) -> list[int]:
     if SIZE >= 10 or COUNT:
         return list(range(1, COUNT or 2000))
-    return FEW if how in ("EDQUOT", "EMFILE") else SOME
+    return FEW if how in ("ENOSPC", "EDQUOT", "EMFILE") else SOME
 
 
 def lane(place: Path, number: int) -> tuple[int, list[str]]:
@@ -50,4 +50,4 @@ def test_each_call_fails_once_and_for_ever(tmp_path: Path) -> None:
     assert not problems, f"{len(problems)} problems\n" + "\n".join(problems[:40])
     struck = sum(count for count, _ in done)
     print(json.dumps({"faults": struck, "kinds": len(CASES)}))  # noqa: T201
-    assert struck > 3 * len(CASES)
+    assert struck > 2 * len(CASES)
