@@ -395,7 +395,7 @@ def test_live_keys_are_exactly_these(tmp_path: Path) -> None:
     assert {name for name in live if not name.startswith("limits.")} == {
         *("server.grace_s", "server.log_level", "server.bypass"),
         *("tiers.dram.high_water", "tiers.dram.low_water"),
-        *("tiers.ssd.high_water", "tiers.ssd.low_water"),
+        *("tiers.ssd.high_water", "tiers.ssd.low_water", "tiers.ssd.errors_max"),
     }
     assert {n for n in configuration._KEYS if n.startswith("limits.")} <= live
 

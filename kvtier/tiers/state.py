@@ -31,23 +31,35 @@ def prepare_directory(files: Files, directory: Path) -> None:
     """
     version = directory / "VERSION"
     try:
-        if version.exists():
-            match = re.fullmatch(r"(\d+)\.(\d+)\s*", version.read_text("ascii", "replace"))
-            if match is None or int(match[1]) > STATE_VERSION[0]:
-                raise VersionMismatch(
-                    f"state directory {directory} is of a newer version (VERSION says "
-                    f"{match[0].strip() if match else 'something else'}, this kvtier knows "
-                    f"{STATE_VERSION[0]}); use that kvtier, or another state.dir"
-                )
+        known = version.exists() and _read_version(version)
+        if known and known[0] > STATE_VERSION[0]:
+            raise VersionMismatch(
+                f"state directory {directory} is of a newer version (VERSION says "
+                f"{known[0]}.{known[1]}, this kvtier knows {STATE_VERSION[0]}); use that kvtier, "
+                "or another state.dir"
+            )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (directory / "slabs").mkdir(mode=0o700, exist_ok=True)
-        if not version.exists():
-            files.replace(version, b"%d.%d\n" % STATE_VERSION)
+        if not known:
+            text = b"%d.%d" % STATE_VERSION
+            files.replace(version, b"%s %016x\n" % (text, native.checksum_bytes(text)))
     except OSError as error:
         raise DeviceUnavailable(
             f"{directory} cannot be used: {error.strerror}; set state.dir to a directory "
             "on a local disk that this user may write"
         ) from error
+
+
+def _read_version(path: Path) -> tuple[int, int] | None:
+    """Major and minor; None when the file is damaged: a bit that rotted is no newer version, and
+    every slab and slot says its own.
+    """
+    content = path.read_bytes()
+    match = re.fullmatch(rb"((\d{1,9})\.(\d{1,9}))(?: ([0-9a-f]{16}))?\s*", content)
+    if match is None or (match[4] and int(match[4], 16) != native.checksum_bytes(match[1])):
+        logger.warning("%s is damaged (%r): written anew", path, content[:64])
+        return None
+    return int(match[2]), int(match[3])
 
 
 def choose_direct_io(directory: Path, wish: str) -> bool:

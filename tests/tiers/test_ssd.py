@@ -456,3 +456,12 @@ def test_the_map_grows(tmp_path: Path) -> None:
     assert not any(item.error for item in blocks.items)
     assert tier._catalogue._map_bytes > 64 * 1024
     tier.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"3.0 0123456789abcdef\n", b"1.0 nonsense", b"\xff" * 9])
+def test_a_damaged_version_is_no_newer_one(tmp_path: Path, content: bytes) -> None:
+    open_tier(tmp_path)[0].close()
+    whole = (tmp_path / "VERSION").read_bytes()
+    (tmp_path / "VERSION").write_bytes(content)
+    open_tier(tmp_path)[0].close()
+    assert (tmp_path / "VERSION").read_bytes() == whole
