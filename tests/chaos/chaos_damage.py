@@ -27,14 +27,9 @@ AGAIN: Final = range(4, 8)  # chains that were evicted and stored again with oth
 CLEARED: Final = "b"  # its first chains died with their epoch; AGAIN are of the new one
 
 
-# A state of another version is refused, not damaged: tests/tiers look after it.
-_OF_ANOTHER_VERSION: Final = "VERSION"
-
-
 def _files(state: Path, pattern: str) -> list[Path]:
     """Files to choose from; where there is none, slabs."""
     found = [path for path in state.glob(pattern) if path.is_file()]
-    found = [path for path in found if path.name != _OF_ANOTHER_VERSION]
     return sorted(found) or sorted(state.glob("slabs/*.slab"))
 
 
