@@ -1,29 +1,43 @@
-"""Starting again with a million blocks on SSD: until a client finds all of them.
+"""Starting again with a million blocks on SSD: until a client is answered, and finds all of them.
 
 The catalogue and the slab headers are real, payloads are not there (`synthetic.py`): a restart does
-not read any. Both after a clean stop and after SIGKILL (the catalogue is verified then).
+not read any. Both after a clean stop and after SIGKILL. Meanwhile one client looks up prefixes of
+512 blocks, one after the other, as fast as it is answered.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 from bench import synthetic
 from bench.daemon import Daemon, Setup, attached
 from bench.keys import CHAIN_BLOCKS, chain
 from bench.machine import wait_until_quiet
 from bench.row import Row
+from kvtier.client import Space
 from kvtier.client.admin import AdminClient
 from kvtier.units import MIB
 
 NAME: Final = "restart"
+_ASK_S: Final = 0.05  # how often it asks whether all is there
+
+
+class Restart(NamedTuple):
+    """Seconds since exec until the first lookup was answered, and until all blocks were there;
+    seconds that each lookup in between took.
+    """
+
+    first_s: float
+    all_s: float
+    lookups_s: list[float]
 
 
 def run(*, quick: bool) -> list[Row]:
-    """Seconds from exec to the first full hit; the limit is a daemon that has nothing to find."""
+    """Seconds from exec; the limit is a daemon that has nothing to find."""
     held = 16 * CHAIN_BLOCKS if quick else 1 << 20
-    repeats = 1 if quick else 2
+    repeats = 1 if quick else 3
     setup = Setup(
         dram_bytes=64 * MIB,
         # A quarter more, or the full tier would begin to evict at once.
@@ -31,39 +45,77 @@ def run(*, quick: bool) -> list[Row]:
         ssd_segment_bytes=synthetic.SEGMENT_BYTES,
     )
     with Daemon(setup, start=False) as empty:
-        floor_s = min(_restarted(empty, 0, killed=False) for _ in range(repeats))
+        floor_s = min(_restarted(empty, 0, killed=False).all_s for _ in range(repeats))
+    rows: list[Row] = []
     with Daemon(setup, start=False) as daemon:
         synthetic.write_state(daemon.state, held, tier_bytes=setup.ssd_bytes)
-        clean_s = min(_restarted(daemon, held, killed=False) for _ in range(repeats))
-        _restarted(daemon, held, killed=True)
-        killed_s = min(_restarted(daemon, held, killed=True) for _ in range(repeats))
-    bar = None if quick else "value <= 7"
+        for killed, case in ((False, "after a clean stop"), (True, "after a kill")):
+            if killed:
+                _restarted(daemon, held, killed=True)
+            found = [_restarted(daemon, held, killed=killed) for _ in range(repeats)]
+            rows += _rows(f"{held} blocks, {case}", found, floor_s, quick=quick)
+    return rows
+
+
+def _rows(case: str, found: list[Restart], floor_s: float, *, quick: bool) -> list[Row]:
+    first_s, all_s = min(r.first_s for r in found), min(r.all_s for r in found)
+    # Nothing is left out of a round; of the rounds the best, as everywhere in the bench.
+    p99_ms = min(_p99(r.lookups_s) for r in found) * 1e3
+    worst_ms = min(max(r.lookups_s) for r in found) * 1e3
     return [
-        Row.of(NAME, f"{held} blocks, after a clean stop", clean_s, "s", limit=floor_s, bar=bar),
-        Row.of(NAME, f"{held} blocks, after a kill", killed_s, "s", limit=floor_s, bar=bar),
-    ]
+        Row.of(NAME, f"{case}: first answer", first_s, "s", limit=floor_s),
+        Row.of(
+            NAME, f"{case}: all served", all_s, "s", limit=floor_s,
+            bar=None if quick else "value <= 7",
+        ),
+        Row.of(
+            NAME, f"{case}: lookup meanwhile, p99", p99_ms, "ms",
+            bar=None if quick else "value <= 5",
+        ),
+        Row.of(NAME, f"{case}: lookup meanwhile, slowest", worst_ms, "ms"),
+    ]  # fmt: skip
 
 
-def _restarted(daemon: Daemon, held: int, *, killed: bool) -> float:
+def _p99(seconds: list[float]) -> float:
+    return sorted(seconds)[len(seconds) * 99 // 100]
+
+
+def _restarted(daemon: Daemon, held: int, *, killed: bool) -> Restart:
     """Starts, asks, and ends it in the way that the next start is to find."""
     wait_until_quiet(1.0)
     start_s = time.monotonic()
     daemon.start()
-    with daemon.client() as client:
+    admin_socket = daemon.directory / "run" / "admin.sock"
+    with daemon.client() as client, AdminClient(admin_socket) as admin:
         space = attached(client, block_bytes=synthetic.BLOCK_BYTES)
+        space.lookup(chain(0))
+        first_s = time.monotonic() - start_s
+        lookups_s = _until_recovered(space, admin, held // CHAIN_BLOCKS or 1)
         count = held // CHAIN_BLOCKS
-        assert _recovered(daemon) == held
         for number in {0, count // 2, count - 1} if count else ():
             found = space.lookup(chain(number))
             assert found.block_count == CHAIN_BLOCKS, found
         seconds = time.monotonic() - start_s
+        assert admin.stat().recovered_blocks == held
     if killed:
         daemon.kill()
     else:
         daemon.stop()
-    return seconds
+    return Restart(first_s, seconds, lookups_s)
 
 
-def _recovered(daemon: Daemon) -> int:
-    with AdminClient(daemon.directory / "run" / "admin.sock") as admin:
-        return admin.stat().recovered_blocks
+def _until_recovered(space: Space, admin: AdminClient, chains: int) -> list[float]:
+    """Looks up one chain after the other until the SSD tier is back; seconds each took."""
+    keys = [chain(number * chains // 16) for number in range(16)]
+    took_s: list[float] = []
+    ask_at_s = 0.0
+    for asked in itertools.cycle(keys):
+        started_s = time.monotonic()
+        if took_s and started_s >= ask_at_s:
+            if all(tier.state != "recovering" for tier in admin.stat().tiers):
+                return took_s
+            ask_at_s = time.monotonic() + _ASK_S
+            started_s = time.monotonic()
+        space.lookup(asked)
+        took_s.append(time.monotonic() - started_s)
+    raise AssertionError

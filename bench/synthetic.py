@@ -14,6 +14,7 @@ from bench.keys import CHAIN_BLOCKS, chain
 from kvtier.block import SLOT_BITS, BlockFormat, NamespaceSpec, SlotLabel
 from kvtier.tiers.catalogue import Catalogue, pack_record
 from kvtier.tiers.files import Files
+from kvtier.tiers.identity import Identity
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab
 from kvtier.tiers.slots import SLOT_HEADER_BYTES
 from kvtier.tiers.state import NamespaceBook, prepare_directory
@@ -75,4 +76,8 @@ def write_state(state: Path, block_count: int, *, tier_bytes: int) -> None:
             catalogue.put(records)
             records = []
     catalogue.put(records)
+    catalogue.complete()
     catalogue.close()
+    identity = Identity(files, directory / "identity")
+    identity.choose([bytes(16)])
+    identity.begin(block_count + 2)

@@ -15,6 +15,7 @@ from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import PLANNED_MAX, Moves
 from kvtier.progress import Progress
+from kvtier.recovering import Recovering
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.ssd import SsdTier
 from kvtier.transfer.mover import Mover
@@ -40,6 +41,7 @@ class Durability:
         progress: Progress,
         clock: Clock,
         in_thread: Callable[[Callable[[], None]], asyncio.Future[None]],
+        recovering: Recovering,
     ) -> None:
         self._ssd = ssd
         self._ledger = ledger
@@ -48,6 +50,7 @@ class Durability:
         self._progress = progress
         self._clock = clock
         self._in_thread = in_thread
+        self._recovering = recovering
         self.stopping = False
         self.copied_down = 0
 
@@ -65,6 +68,7 @@ class Durability:
         lower = TierId.SSD
         reach("durable.begin")
         until_s = self._clock.monotonic_s() + _DURABLE_S
+        await self._recovering.settle(_DURABLE_S)
         while True:
             missing = {id(run): run for run in self._only_above(space, keys)}
             moving = any((space.id, key, lower) in self._moves.by_target for key in keys)
@@ -107,6 +111,8 @@ class Durability:
         until_s = self._clock.monotonic_s() + timeout_s
         if self._ssd is None:
             return 0, self._ledger.dirty_blocks()
+        if self._ledger.dirty_blocks():
+            await self._recovering.settle(timeout_s)
         while self._ledger.dirty_blocks() and TierId.SSD not in self._ledger.closed_tiers:
             moves = self._copy_dirty(_DIRTY_RUNS_MAX)
             if not moves and self._mover.is_idle:
@@ -119,7 +125,8 @@ class Durability:
                 break
             await self._progress.wait(until_s - now_s)
         reach("flush.written")
-        await self._in_thread(self._ssd.sync)
+        if self._recovering.is_over:
+            await self._in_thread(self._ssd.sync)
         reach("flush.synced")
         return self.copied_down - before, self._ledger.dirty_blocks()
 

@@ -1,4 +1,4 @@
-"""Erasing: records of dropped copies go from the SSD tier, then their slots are free.
+"""Erasing: records of dropped copies go from the SSD tier, then their slots are free; evicts.
 
 Does not: choose what is dropped (the ledger does), or wipe bytes (tiers/).
 """
@@ -10,15 +10,19 @@ import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable
 
+from kvtier.block import Keys
 from kvtier.errors import TierFailed
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.ledger import Erasure, Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.progress import Progress
+from kvtier.recovering import Recovering
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.ssd import SsdTier
 
+# Keys evicted between two turns of the loop: a fraction of a millisecond.
+_EVICT_KEYS = 64
 _LOOK_S = 0.25  # how often a wait looks again when nobody says that something happened
 
 
@@ -32,12 +36,14 @@ class Erasing:
         moves: Moves,
         progress: Progress,
         in_thread: Callable[[Callable[[], None]], asyncio.Future[None]],
+        recovering: Recovering,
     ) -> None:
         self._ssd = ssd
         self._ledger = ledger
         self._moves = moves
         self._progress = progress
         self._in_thread = in_thread
+        self._recovering = recovering
         self._turn = asyncio.Lock()
         self._unerased: list[Erasure] = []  # the tier failed: to be tried again
         self._wipes_failed = 0
@@ -84,6 +90,33 @@ class Erasing:
         reach("erase.done")
         self._ledger.erased(erasures)
         self._progress.notify()
+
+    async def evict(self, space: Namespace, keys: Keys, wake: Callable[[], None]) -> int:
+        """Forgets these blocks and their descendants, for good when it returns. Returns how many.
+
+        While the SSD tier is recovering it waits: what comes back meanwhile goes, too.
+
+        Raises:
+            TierFailed: they are gone from memory, but that they stay so cannot be promised.
+        """
+        count = 0
+        moves: list[int] = []
+        while True:
+            all_was_there = self._recovering.is_over
+            for part in keys.parts(_EVICT_KEYS):
+                done = False
+                while not done:
+                    gone, done = self._ledger.evict_some(space, part)
+                    if gone:
+                        count += len(gone)
+                        moves += self.moves_of(space, gone)
+                        wake()
+                    await asyncio.sleep(0)
+            if all_was_there:
+                break
+            await self._recovering.wait()
+        await self.for_good(moves)
+        return count
 
     def moves_of(self, space: Namespace, keys: Iterable[bytes]) -> list[int]:
         """Moves of these blocks that are under way."""

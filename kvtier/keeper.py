@@ -1,4 +1,4 @@
-"""Keeper: what the store does behind the verbs: room, moves, erasures, flush, expiry, recovery.
+"""Keeper: what the store does behind the verbs: room, moves, erasures, flush, expiry.
 
 One background task tends the books: woken by every commit, finished move and release, and four
 times a second by the clock. Everything it does in one turn is bounded, so that a lookup waits for
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +26,6 @@ from kvtier.block import (
     Found,
     Keys,
     Move,
-    NamespaceSpec,
     Reason,
     SlotIO,
     SlotLabel,
@@ -44,9 +42,9 @@ from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
 from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import Moves
-from kvtier.ledger.recovery import Claim, restore
 from kvtier.ledger.search import Span, all_in
 from kvtier.progress import EventRing, Progress
+from kvtier.recovering import Recovering
 from kvtier.recycling import Recycling
 from kvtier.session import Session
 from kvtier.tally import (
@@ -60,7 +58,7 @@ from kvtier.tally import (
     tier_uses,
 )
 from kvtier.testing.failpoints import reach
-from kvtier.tiers.base import SlotRecord, Tier
+from kvtier.tiers.base import Tier
 from kvtier.tiers.dram import DramTier
 from kvtier.tiers.ssd import SsdTier
 from kvtier.transfer.mover import Mover
@@ -127,10 +125,17 @@ class Keeper:
             dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake, self._recycled
         )
         self._clock = clock
+        self.recovering = Recovering(
+            ssd, self.ledger, self.tally, clock, in_thread=self.in_thread,
+            set_epoch=self._set_epoch, wake=self.wake, stop_by=self.stop_by,
+        )  # fmt: skip
         self.durability = Durability(
-            ssd, self.ledger, self.moves, self.mover, self.progress, clock, self.in_thread
+            ssd, self.ledger, self.moves, self.mover, self.progress, clock, self.in_thread,
+            self.recovering,
+        )  # fmt: skip
+        self.erasing = Erasing(
+            ssd, self.ledger, self.moves, self.progress, self.in_thread, self.recovering
         )
-        self.erasing = Erasing(ssd, self.ledger, self.moves, self.progress, self.in_thread)
         self._started_s = clock.monotonic_s()
         self._rates = Rates()
         self._woken = asyncio.Event()
@@ -138,7 +143,6 @@ class Keeper:
         self._sweeping: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._epochs = threading.Lock()
-        self._registered: set[bytes] = set()
         self.health = Health(
             ssd, self.ledger, clock, self.in_thread, errors_max=config.tiers.ssd.errors_max
         )
@@ -173,54 +177,11 @@ class Keeper:
     async def open(
         cls, config: Config, *, dram: DramTier, ssd: SsdTier | None, clock: Clock
     ) -> Keeper:
-        """Recovers the SSD tier into a new ledger and starts tending. Raises TierFailed."""
+        """Starts tending, and bringing back what the SSD tier has (`recovering`)."""
         keeper = cls(config, dram, ssd, clock)
-        started_s = keeper.now_s()
-        if ssd is not None:
-            await keeper._recover(ssd)
-        reach("recover.restored")
-        keeper.tally.recovery_s = keeper.now_s() - started_s
+        await keeper.recovering.begin()
         keeper._tending = asyncio.get_running_loop().create_task(keeper._tend())
         return keeper
-
-    async def _recover(self, ssd: SsdTier) -> None:
-        # Millions of objects that all stay: collecting meanwhile doubles the time.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            await self._restore(ssd, await self.in_thread(ssd.recover))
-        finally:
-            if collects:
-                gc.enable()
-
-    async def _restore(self, ssd: SsdTier, records: list[SlotRecord]) -> None:
-        spaces: dict[bytes, Namespace] = {}
-        for digest, descriptor, epoch in ssd.namespaces():
-            try:
-                space = self.ledger.open_namespace(NamespaceSpec.from_json(descriptor))
-            except (KvTierError, TypeError, ValueError, KeyError):
-                continue  # a descriptor of another version or size: its blocks are dropped below
-            if space.digest == digest:
-                space.epoch = max(space.epoch, epoch)
-                spaces[digest] = space
-                self._registered.add(digest)
-        by_space: dict[bytes, list[Claim]] = {}
-        for record in records:
-            by_space.setdefault(record.label.namespace, []).append(Claim(*record))
-        del records
-        rejected: list[Claim] = []
-        while by_space:
-            digest, claims = by_space.popitem()
-            if digest not in spaces:
-                rejected.extend(claims)
-                continue
-            count, refused = restore(self.ledger, spaces[digest], TierId.SSD, claims)
-            self.tally.recovered_blocks += count
-            rejected.extend(refused)
-            await asyncio.sleep(0)
-        if rejected:
-            gone = [SlotRecord(*claim) for claim in rejected]
-            await self.in_thread(functools.partial(ssd.erase, gone, durable=False))
 
     # --- tending
 
@@ -279,7 +240,7 @@ class Keeper:
     async def _sweep(self) -> None:
         """Erases and recycles what is to be; has the tending task look again if more came."""
         try:
-            if self.health.is_due:
+            if self.health.is_due and self.recovering.is_over:
                 await self.health.reopen()
             if not self.health.is_closed:
                 await self.erasing.run()
@@ -311,6 +272,8 @@ class Keeper:
             self.progress.notify()
 
     def _hold_water_marks(self) -> None:
+        if not self.recovering.is_over:
+            return  # what is above them waits for the tier below
         for tier in self.ledger.tiers:
             section = self.config.tiers.dram if tier is not TierId.SSD else self.config.tiers.ssd
             low_bytes = int(section.low_water * self.ledger.slots[tier].capacity_bytes)
@@ -391,9 +354,9 @@ class Keeper:
         assert self.ssd is not None
         for namespace_id in {move.namespace_id for move in moves}:
             space = self.ledger.spaces[namespace_id]
-            if space.digest not in self._registered:
+            if space.digest not in self.recovering.registered:
                 self.ssd.register_namespace(space.digest, space.spec.to_json(), space.epoch)
-                self._registered.add(space.digest)
+                self.recovering.registered.add(space.digest)
 
     def _moved(self, move: Move, errors: list[KvTierError]) -> None:
         if not errors:
@@ -411,7 +374,14 @@ class Keeper:
                 self.health.failed(errors[0])
 
     async def heal(self) -> str:
-        """Probes the SSD tier at once; its state before. Raises TierFailed: it stays degraded."""
+        """Probes the SSD tier at once, or reads it again where that failed at start; its state
+        before. Raises TierFailed: it stays as it was.
+        """
+        if not self.recovering.is_over:
+            before = self.recovering.state
+            self.recovering.retry()
+            await self.recovering.wait()
+            return before
         before = "degraded" if self.health.is_closed else "serving"
         await self.health.reopen(probe=True)
         self.wake()
@@ -423,6 +393,7 @@ class Keeper:
         """The namespace's new epoch is on stable storage when this returns. Raises TierFailed."""
         self.wake()
         if self.ssd is not None:
+            self.recovering.cleared(space)
             await self.in_thread(functools.partial(self._set_epoch, self.ssd, space))
             self.wake()
 
@@ -434,7 +405,7 @@ class Keeper:
             ssd.register_namespace(space.digest, space.spec.to_json(), epoch)
             ssd.set_epoch(space.digest, epoch)
             reach("epoch.done")
-            self._registered.add(space.digest)
+            self.recovering.registered.add(space.digest)
 
     # --- stopping
 
@@ -447,6 +418,7 @@ class Keeper:
                 await self.durability.flush(grace_s)
             except TierFailed as error:
                 log.warning("flush.failed %s", error)
+            await self.recovering.stop()
             self._tending.cancel()
             await asyncio.wait([self._tending])
         self.durability.stopping = True
@@ -455,7 +427,7 @@ class Keeper:
         await self.mover.close()
         if self._sweeping is not None:
             await asyncio.wait([self._sweeping])
-        if self.ssd is not None:
+        if self.ssd is not None and self.recovering.is_over:
             try:
                 await self.erasing.run()
             except TierFailed as error:
@@ -518,11 +490,13 @@ class Keeper:
         corrupt = ledger.corrupt_blocks
         if self.ssd is not None:
             errors[TierId.SSD] = self.ssd.counts().error_count
+        states = {} if self.recovering.is_over else {TierId.SSD: self.recovering.state}
+        detail = self.health.error or self.recovering.problem
         state = "draining" if self.draining else "bypassed" if self.bypassed else "serving"
         return StoreCounts(
             uptime_s=now_s - self._started_s,
             state=state,
-            tiers=tier_uses(ledger, tally, self._rates, self.mover, errors, self.health.error),
+            tiers=tier_uses(ledger, tally, self._rates, self.mover, errors, detail, states),
             lookup_count=tally.lookup_count,
             lookup_blocks=tally.lookup_blocks,
             hit_blocks=tally.hit_blocks,

@@ -29,7 +29,7 @@ import xxhash
 from kvtier.errors import DeviceUnavailable
 
 HEADER_BYTES: Final = 4096
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; not in the mmap module of Python 3.11
 _IOVECS_MAX: Final = 1024
@@ -77,6 +77,11 @@ class AlignedBuffer:
 def capabilities() -> Capabilities:
     """How this process runs the functions below; for `kvtier stat` and the log at start."""
     return Capabilities(native=_backend.native, isa=_backend.isa, reason=_reason)
+
+
+def library() -> ctypes.CDLL | None:
+    """The library itself, for modules that call functions of their own in it; None = Python."""
+    return _backend.library
 
 
 def copy(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
@@ -178,6 +183,7 @@ class _Python:
     """The batch functions without the library. Arguments were checked to have one length."""
 
     native = False
+    library: ctypes.CDLL | None = None
 
     @property
     def isa(self) -> str:
@@ -228,28 +234,28 @@ class _Library(_Python):
 
     def __init__(self, path: Path) -> None:
         """Raises OSError (not loadable) or AttributeError (not ours)."""
-        self._library = ctypes.CDLL(str(path))
-        self._library.kvt_isa.restype = ctypes.c_char_p
-        self._library.kvt_abi_version.restype = ctypes.c_uint32
-        self.abi_version: int = self._library.kvt_abi_version()
+        self.library: ctypes.CDLL = ctypes.CDLL(str(path))
+        self.library.kvt_isa.restype = ctypes.c_char_p
+        self.library.kvt_abi_version.restype = ctypes.c_uint32
+        self.abi_version: int = self.library.kvt_abi_version()
         count, pointer = ctypes.c_size_t, ctypes.c_void_p
         for name, arrays in _ARRAYS.items():
-            getattr(self._library, name).argtypes = (count, *[pointer] * arrays)
-        self._library.kvt_prefault.argtypes = (pointer, ctypes.c_uint64, pointer)
+            getattr(self.library, name).argtypes = (count, *[pointer] * arrays)
+        self.library.kvt_prefault.argtypes = (pointer, ctypes.c_uint64, pointer)
 
     @property
     def isa(self) -> str:
-        name: bytes = self._library.kvt_isa()
+        name: bytes = self.library.kvt_isa()
         return name.decode()
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
         words = ctypes.c_uint64 * len(sizes)
-        self._library.kvt_copy(len(sizes), words(*targets), words(*sources), words(*sizes))
+        self.library.kvt_copy(len(sizes), words(*targets), words(*sources), words(*sizes))
 
     def checksum(self, sources: Sequence[int], sizes: Sequence[int]) -> list[int]:
         words = ctypes.c_uint64 * len(sizes)
         checksums = words()
-        self._library.kvt_checksum(len(sizes), words(*sources), words(*sizes), checksums)
+        self.library.kvt_checksum(len(sizes), words(*sources), words(*sizes), checksums)
         return list(checksums)
 
     def copy_checksum(
@@ -257,7 +263,7 @@ class _Library(_Python):
     ) -> list[int]:
         words = ctypes.c_uint64 * len(sizes)
         checksums = words()
-        self._library.kvt_copy_checksum(
+        self.library.kvt_copy_checksum(
             len(sizes), words(*targets), words(*sources), words(*sizes), checksums
         )
         return list(checksums)
@@ -267,7 +273,7 @@ class _Library(_Python):
         words, ints = ctypes.c_uint64 * len(fds), ctypes.c_int32 * len(fds)
         errors = ints()
         arrays = [words(*column) for column in others]
-        self._library.kvt_slots_write(len(fds), ints(*fds), *arrays, errors)
+        self.library.kvt_slots_write(len(fds), ints(*fds), *arrays, errors)
         return list(errors)
 
     def slots_read(self, *columns: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -275,12 +281,12 @@ class _Library(_Python):
         words, ints = ctypes.c_uint64 * len(fds), ctypes.c_int32 * len(fds)
         checksums, errors = words(), ints()
         arrays = [words(*column) for column in others]
-        self._library.kvt_slots_read(len(fds), ints(*fds), *arrays, checksums, errors)
+        self.library.kvt_slots_read(len(fds), ints(*fds), *arrays, checksums, errors)
         return list(checksums), list(errors)
 
     def prefault(self, address: int, size_bytes: int) -> int:
         error = ctypes.c_int32()
-        self._library.kvt_prefault(address, size_bytes, ctypes.byref(error))
+        self.library.kvt_prefault(address, size_bytes, ctypes.byref(error))
         return error.value
 
 

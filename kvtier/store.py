@@ -62,8 +62,6 @@ from kvtier.units import MIB
 T = TypeVar("T")
 # One worker-thread job copies at least this much, so that small commits are one job.
 _COPY_JOB_BYTES = 16 * MIB
-# Keys evicted between two turns of the loop: a fraction of a millisecond.
-_EVICT_KEYS = 64
 
 
 class Store:
@@ -88,7 +86,7 @@ class Store:
 
     @classmethod
     async def open(cls, *args: Any, **kwargs: Any) -> Store:
-        """Recovers the SSD tier into the ledger and starts the background work; see Keeper.open."""
+        """Starts the background work, recovery of the SSD tier first; see Keeper.open."""
         store = cls(await Keeper.open(*args, **kwargs))
         store._make_spare_room()
         return store
@@ -687,19 +685,7 @@ class Store:
         readable, hidden, until their leases end. `session` None = the operator.
         """
         space = self._space(session, query.namespace_id)
-        count = 0
-        moves: list[int] = []
-        for part in query.keys.parts(_EVICT_KEYS):
-            done = False
-            while not done:
-                gone, done = self._ledger.evict_some(space, part)
-                if gone:
-                    count += len(gone)
-                    moves += self.keeper.erasing.moves_of(space, gone)
-                    self.keeper.wake()
-                await asyncio.sleep(0)
-        await self.keeper.erasing.for_good(moves)
-        return count
+        return await self.keeper.erasing.evict(space, query.keys, self.keeper.wake)
 
     async def clear_namespace(self, session: Session | None, namespace_id: int) -> tuple[int, int]:
         """(new epoch, blocks forgotten). Durable before it returns."""

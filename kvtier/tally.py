@@ -87,8 +87,9 @@ def tier_uses(
     mover: Mover,
     errors: dict[TierId, int],
     ssd_detail: str,
+    states: dict[TierId, str],
 ) -> tuple[TierUse, ...]:
-    """One record a tier, fast to slow."""
+    """One record a tier, fast to slow. `states` of tiers that do not simply serve."""
     totals = bytes_in_and_out(tally, mover, ledger)
     blocks = dict.fromkeys(ledger.tiers, 0)
     payload = dict.fromkeys(ledger.tiers, 0)
@@ -118,7 +119,7 @@ def tier_uses(
                 out_bytes_per_s=out_rate,
                 hit_blocks=tally.hit_blocks_by_tier[tier],
                 error_count=errors.get(tier, 0),
-                state="degraded" if tier in ledger.closed_tiers else "serving",
+                state=states.get(tier, "degraded" if tier in ledger.closed_tiers else "serving"),
                 detail=ssd_detail if tier is TierId.SSD else "",
             )
         )

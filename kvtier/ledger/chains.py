@@ -116,31 +116,36 @@ class Chains:
         parent: bytes,
         position: int,
         keys: Sequence[bytes],
+        packed: bytes,
         slots: array[int],
         checksums: array[int],
-    ) -> Run:
+    ) -> Run | None:
         """A whole unbranched stretch, found again at start, as one new run held in the tier.
 
-        None of its keys may be placed yet; its parent, if it exists, must end a run.
+        No orphan may wait for one of its keys. None, and nothing was changed, when one of them is
+        placed already.
         """
+        first = (self._last_id + 1) * RUN_BLOCKS_MAX
+        if not space.index.add(keys, packed[:: len(keys[0])], first):
+            return None
         at_parent = self.find(space, parent) if parent else None
         if at_parent is not None:
-            position = at_parent[0].position + len(at_parent[0])
+            position = at_parent[0].position + at_parent[1] + 1
         run = self._new_run(space, parent, position)
-        run.keys = bytearray().join(keys)
+        run.keys = bytearray(packed)
         run.state = bytearray((1 << tier,)) * len(keys)
         run.slots[tier], run.checksums = slots, checksums
         run.held[tier] = len(keys)
         space.block_count += len(keys)
-        first = run.id * RUN_BLOCKS_MAX
-        space.index.update(zip(keys, range(first, first + len(keys)), strict=True))
         if 1 << tier == self._only_top:
             self._count_dirty(run, len(keys))
         self.policies[tier].add(run.id)
         self.slots[tier].set_owner(slots, run.id)
         if at_parent is not None:
-            assert at_parent[1] + 1 == len(at_parent[0]), "a branch inside a run"
-            self._attach(at_parent[0], run)
+            above, place = at_parent
+            if place + 1 < len(above):
+                self.split(above, place + 1)
+            self._attach(above, run)
         elif parent:
             space.orphans.setdefault(parent, []).append(run.id)
         return run

@@ -9,8 +9,8 @@ Does not: know runs; the values are the locators of `chain.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 _PARTS = 256
 
@@ -45,11 +45,20 @@ class Index:
         """All keys with their locators."""
         return chain.from_iterable(part.items() for part in self.parts)
 
-    def update(self, located: Iterable[tuple[bytes, int]]) -> None:
-        """Places many keys."""
-        parts = self.parts
-        for key, locator in located:
-            parts[key[0]][key] = locator
+    def add(self, keys: Sequence[bytes], firsts: bytes, locator: int) -> bool:
+        """Places keys with their first bytes and consecutive locators from this one on. False, and
+        nothing was changed, when one of them is placed already.
+        """
+        parts, at = self.parts, locator
+        for key, first in zip(keys, firsts, strict=True):
+            if parts[first].setdefault(key, at) != at:
+                break
+            at += 1
+        else:
+            return True
+        for key in islice(keys, at - locator):
+            del self[key]
+        return False
 
     def __repr__(self) -> str:
         return f"<Index of {len(self)} keys>"

@@ -126,9 +126,15 @@ class Ledger:
         if known is not None:
             return self.spaces[known]
         if len(self.spaces) >= self._namespaces_max:
-            raise LimitReached(
-                f"{len(self.spaces)} namespaces (limits.namespaces_max) exist already"
-            )
+            raise LimitReached(f"{len(self.spaces)} namespaces (limits.namespaces_max) exist")
+        return self._new_namespace(spec)
+
+    def recall_namespace(self, spec: NamespaceSpec) -> Namespace:
+        """As `open_namespace`, of one that was here before: no limit ends it."""
+        known = self._by_digest.get(spec.digest)
+        return self._new_namespace(spec) if known is None else self.spaces[known]
+
+    def _new_namespace(self, spec: NamespaceSpec) -> Namespace:
         slot_bytes = [0] * TIER_COUNT
         for tier, plan in self.plans.items():
             slot_bytes[tier] = plan.slot_bytes(spec.format.shard_bytes)

@@ -1,146 +1,129 @@
-"""Puts copies found again at start back into the books, whole chains at a time.
+"""Puts copies found again at start into the books, a stretch of a chain at a time.
 
-A million records must not cost a million separate insertions (DESIGN section 9: served again
-within 7 s), so chains are followed from parent to child in a dict and become runs in one go.
+A million blocks must not cost a million insertions (DESIGN section 9): a stretch whose keys nobody
+knows becomes a run in one go. Clients are served meanwhile: what they stored, found or evicted
+since is there already, and such a stretch is merged block by block.
 
-Does not: read the records (tiers do) or believe them blindly: a slot claimed twice, a shard
-missing, a size that is not the namespace's, or parents that run in a circle are rejected.
+Does not: read or judge records (tiers do), or forget what is refused here: the caller does.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import lru_cache
+from struct import Struct
+from typing import Protocol
 
-from kvtier.block import SlotLabel, TierId
-from kvtier.ledger.chain import RUN_BLOCKS_MAX, Namespace
-from kvtier.ledger.ledger import Ledger
+from kvtier.block import TierId
+from kvtier.ledger.chain import Namespace, Run
+from kvtier.ledger.ledger import DISPLACED, Ledger
 
-
-class Claim(NamedTuple):
-    """A record of one shard's copy; `tiers.base.SlotRecord` has the same fields."""
-
-    slot: int
-    slot_bytes: int
-    label: SlotLabel
+# Blocks merged in one go: 20 us each.
+MERGED_MAX = 64
 
 
-# A whole block's claims, one a shard.
-_Block = tuple[Claim, ...]
+class Stretch(Protocol):
+    """Consecutive blocks of a chain; `tiers.records.Stretch` has these fields."""
+
+    @property
+    def parent(self) -> bytes: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def key_size(self) -> int: ...
+    @property
+    def keys(self) -> bytes: ...
+    @property
+    def slots(self) -> array[int]: ...
+    @property
+    def checksums(self) -> array[int]: ...
 
 
-def restore(
-    ledger: Ledger, space: Namespace, tier: TierId, claims: Sequence[Claim]
-) -> tuple[int, list[Claim]]:
-    """Makes every whole block of `claims` (all of this namespace) readable in the tier.
-
-    Returns the number of blocks and the claims that could not be believed. Call it once a
-    namespace, before anything else is stored in it.
+def adopt(ledger: Ledger, space: Namespace, tier: TierId, stretch: Stretch) -> bool:
+    """Makes the stretch readable in the tier as one new run. False, and nothing was changed, when
+    that cannot be: `merge` it.
     """
+    size, packed = stretch.key_size, stretch.keys
+    if space.key_size not in (0, size):
+        return False
+    keys = _unpacker(size, len(packed) // size).unpack(packed)
+    if space.orphans and not space.orphans.keys().isdisjoint(keys):
+        return False  # something hangs on one of them
     slots = ledger.slots[tier]
-    expected = space.slot_bytes[tier]
-    believed, rejected = _believable(space, expected, claims)
-    refused = slots.claim_all([claim.slot for claim in believed], (space.tenant, expected))
-    if refused:
-        rejected.extend(claim for claim in believed if claim.slot in refused)
-        believed = [claim for claim in believed if claim.slot not in refused]
-    blocks, torn = _whole_blocks(space, believed)
-    if torn:
-        slots.release(claim.slot for claim in torn)
-        rejected.extend(torn)
-    placed = _place_chains(ledger, space, tier, blocks)
-    if placed < len(blocks):
-        # Those whose parents run in a circle were not reached from any start.
-        circular = [c for k, block in blocks.items() if k not in space.index for c in block]
-        slots.release(claim.slot for claim in circular)
-        rejected.extend(circular)
-    return placed, rejected
+    slot_class = (space.tenant, space.slot_bytes[tier])
+    if not slots.claim(stretch.slots, slot_class):
+        return False
+    run = ledger.chains.adopt(
+        space,
+        tier,
+        parent=stretch.parent,
+        position=stretch.position,
+        keys=keys,
+        packed=packed,
+        slots=stretch.slots,
+        checksums=stretch.checksums,
+    )
+    if run is None:
+        slots.unclaim(stretch.slots, slot_class)
+        return False
+    space.key_size = size
+    return True
 
 
-def _believable(
-    space: Namespace, slot_bytes: int, claims: Sequence[Claim]
-) -> tuple[list[Claim], list[Claim]]:
-    size, shards = space.shard_bytes, space.shards
-    # One damaged record must not speak for all others; a hundred of them are asked.
-    sizes = Counter(len(claim.label.key) for claim in claims[:100])
-    key_size = space.key_size or (sizes.most_common(1)[0][0] if sizes else 0)
-    space.key_size = key_size
-    believed: list[Claim] = []
-    rejected: list[Claim] = []
-    for claim in claims:
-        label = claim.label
-        fits = (
-            claim.slot_bytes == slot_bytes
-            and label.size_bytes == size
-            and label.shard < shards
-            and len(label.key) == key_size
-        )
-        (believed if fits else rejected).append(claim)
-    return believed, rejected
+@lru_cache(maxsize=64)
+def _unpacker(size: int, count: int) -> Struct:
+    return Struct(f"{size}s" * count)
 
 
-def _whole_blocks(
-    space: Namespace, claims: Sequence[Claim]
-) -> tuple[dict[bytes, _Block], list[Claim]]:
-    torn: list[Claim] = []
-    if space.shards == 1:
-        single: dict[bytes, _Block] = {}
-        for claim in claims:
-            first = single.setdefault(claim.label.key, (claim,))
-            if first[0] is not claim:
-                torn.append(claim)
-        return single, torn
-    by_key: dict[bytes, dict[int, Claim]] = {}
-    for claim in claims:
-        first_claim = by_key.setdefault(claim.label.key, {}).setdefault(claim.label.shard, claim)
-        if first_claim is not claim:
-            torn.append(claim)
-    blocks: dict[bytes, _Block] = {}
-    for key, shards in by_key.items():
-        if len(shards) < space.shards:
-            torn.extend(shards.values())
+def merge(
+    ledger: Ledger, space: Namespace, tier: TierId, stretch: Stretch
+) -> Iterator[tuple[int, list[int]]]:
+    """As `adopt`, block by block beside what is there; MERGED_MAX blocks, then it yields how many
+    of them are readable in the tier now, and the slots of the others. Between two turns the ledger
+    may be used, but not cleared: throw the rest away then.
+    """
+    size, shards = stretch.key_size, space.shards
+    parent = stretch.parent
+    placed, refused = 0, array("I")
+    for index in range(len(stretch.keys) // size):
+        key = stretch.keys[index * size : (index + 1) * size]
+        first, end = index * shards, (index + 1) * shards
+        slots = stretch.slots[first:end]
+        if _may_have(ledger, space, tier, key, slots):
+            run, place = ledger.chains.insert(space, key, parent, stretch.position + index)
+            _put(ledger, tier, run, place, slots, stretch.checksums[first:end])
+            placed += 1
         else:
-            blocks[key] = tuple(shards[shard] for shard in range(space.shards))
-    return blocks, torn
+            refused.extend(slots)
+        parent = key
+        if index % MERGED_MAX == MERGED_MAX - 1:
+            yield placed, list(refused)
+            placed, refused = 0, array("I")
+    yield placed, list(refused)
 
 
-def _place_chains(
-    ledger: Ledger, space: Namespace, tier: TierId, blocks: dict[bytes, _Block]
-) -> int:
-    """Makes runs of all chains that have a start; returns how many blocks that were."""
-    first_child: dict[bytes, bytes] = {}
-    more_children: dict[bytes, list[bytes]] = {}
-    starts: list[bytes] = []
-    for key, block in blocks.items():
-        parent = block[0].label.parent
-        if parent not in blocks:
-            starts.append(key)
-        elif first_child.setdefault(parent, key) is not key:
-            more_children.setdefault(parent, []).append(key)
-    placed = 0
-    while starts:
-        key = starts.pop()
-        label = blocks[key][0].label
-        stretch = [key]
-        child = first_child.get(key)
-        while child is not None and len(stretch) < RUN_BLOCKS_MAX and key not in more_children:
-            key = child
-            stretch.append(key)
-            child = first_child.get(key)
-        if child is not None:
-            starts.append(child)
-            starts.extend(more_children.get(key, ()))
-        placed += len(stretch)
-        members = [claim for key in stretch for claim in blocks[key]]
-        ledger.chains.adopt(
-            space,
-            tier,
-            parent=label.parent,
-            position=label.position,
-            keys=stretch,
-            slots=array("I", [claim.slot for claim in members]),
-            checksums=array("Q", [claim.label.checksum for claim in members]),
-        )
-    return placed
+def _may_have(
+    ledger: Ledger, space: Namespace, tier: TierId, key: bytes, slots: array[int]
+) -> bool:
+    if space.key_size not in (0, len(key)):
+        return False
+    found = ledger.chains.find(space, key)
+    if found is not None and found[0].state[found[1]] >> tier & 1:
+        return False
+    return ledger.slots[tier].claim(slots, (space.tenant, space.slot_bytes[tier]))
+
+
+def _put(
+    ledger: Ledger, tier: TierId, run: Run, place: int, slots: array[int], checksums: array[int]
+) -> None:
+    """The block has this copy. One stored meanwhile that is not known to be the same bytes goes:
+    what was computed again never displaces what is on stable storage.
+    """
+    shards = run.space.shards
+    same = run.checksums[place * shards : (place + 1) * shards] == checksums
+    ledger.chains.put_copy(run, place, tier, slots, checksums)
+    run.space.forget_note(run.key(place))
+    for other in ledger.tiers:
+        if other is not tier and not same and run.state[place] >> other & 1:
+            ledger.free(run, place, other, DISPLACED)

@@ -18,13 +18,17 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan
 from kvtier.errors import InvariantViolated, TierFull
+from kvtier.ledger.neighbours import by_segment
 
 _INDEX_MASK = SLOTS_PER_SEGMENT_MAX - 1
+_SETTLED_SLOTS = 8192
+_MANY_SLOTS = 16  # where looking for consecutive ones pays
 SlotClass = tuple[str, int]  # tenant, slot size in bytes
 
 
@@ -101,6 +105,8 @@ class TierSlots:
         # Segments of a class with at least one free slot; a dict keeps their order.
         self._open: dict[SlotClass, dict[int, None]] = {}
         self._open_slots: dict[SlotClass, int] = {}
+        # Segments with claimed slots whose free ones are not listed yet.
+        self._unsettled: dict[int, None] = {}
 
     @property
     def capacity_bytes(self) -> int:
@@ -125,6 +131,7 @@ class TierSlots:
         Raises:
             TierFull: fewer are available. Nothing was acquired.
         """
+        assert not self._unsettled, "slots are still being found again"
         if not count:
             return array("I")
         if count > (available := self.available(tenant, slot_bytes)):
@@ -175,57 +182,79 @@ class TierSlots:
         by_tenant = self.used_bytes_by_tenant
         by_tenant[tenant] = by_tenant.get(tenant, 0) + size_bytes
 
-    def claim_all(self, slots: Iterable[int], slot_class: SlotClass) -> set[int]:
-        """Takes these particular slots, found again at start. Returns those that cannot be so (two
-        claims on one slot, a segment of another class, out of range): they were not taken.
+    def claim(self, slots: array[int], slot_class: SlotClass) -> bool:
+        """Takes these particular slots, found again at start. False, and none was taken, when one
+        cannot be so (taken, in a segment of another class, out of range).
+
+        Until `settle` is through, no slot may be acquired here or released.
         """
-        by_segment: dict[int, list[int]] = {}
-        for slot in slots:
-            by_segment.setdefault(slot >> SLOT_BITS, []).append(slot)
-        refused: set[int] = set()
-        if not self._fits(slot_class[1]):
-            return {slot for claimed in by_segment.values() for slot in claimed}
-        room = self.slots_per_segment(slot_class[1])
-        for index, claimed in by_segment.items():
-            if index >= len(self.segments):
-                refused.update(claimed)
-                continue
-            segment = self.segments[index]
-            once = set(claimed)
-            if len(once) < len(claimed):
-                # Which of two claims to one slot is true cannot be told here: neither is believed.
-                once = {slot for slot, count in Counter(claimed).items() if count == 1}
-            if segment.slot_class is None:
-                taken = {slot for slot in once if slot & _INDEX_MASK < room}
-            else:
-                taken = {
-                    s for s in once if segment.slot_class == slot_class and _is_free(segment, s)
-                }
-            refused.update(slot for slot in claimed if slot not in taken)
-            if taken and segment.slot_class is None:
-                self._free_segments.remove(index)
-                self._open_as(index, slot_class)
-            self._take_particular(segment, taken, slot_class)
-        return refused
+        for number, (index, places) in enumerate(by_segment(slots)):
+            segment = self._claimable(index, slot_class)
+            if segment is None or not self._claim(segment, places):
+                for other, taken in islice(by_segment(slots), number):
+                    self._unclaim(other, taken, slot_class)
+                return False
+        self._open_slots[slot_class] -= len(slots)
+        self._count(slot_class[0], len(slots) * slot_class[1])
+        return True
 
-    def _fits(self, slot_bytes: int) -> bool:
-        return 0 < slot_bytes <= self.plan.size_bytes
-
-    def _take_particular(self, segment: Segment, taken: set[int], slot_class: SlotClass) -> None:
-        if not taken:
-            return
-        count = len(taken)
-        for slot in taken:
-            segment.in_use[slot & _INDEX_MASK] = 1
-        first = segment.index << SLOT_BITS
-        segment.fresh = max(segment.fresh, 1 + max(slot & _INDEX_MASK for slot in taken))
-        below = range(segment.fresh - 1, -1, -1)
-        segment.returned = array("I", [first | at for at in below if not segment.in_use[at]])
-        segment.used += count
-        self._open_slots[slot_class] -= count
+    def _claim(self, segment: Segment, places: range) -> bool:
+        in_use, first, end = segment.in_use, places.start, places.stop
+        if end > segment.slot_count or in_use.find(1, first, end) >= 0:
+            return False
+        in_use[first:end] = b"\1" * len(places)
+        segment.used += len(places)
         if segment.used == segment.slot_count:
-            del self._open[slot_class][segment.index]
-        self._count(slot_class[0], count * slot_class[1])
+            assert segment.slot_class is not None
+            del self._open[segment.slot_class][segment.index]
+        return True
+
+    def _claimable(self, index: int, slot_class: SlotClass) -> Segment | None:
+        """The segment, if it is of this class; made so if it is free."""
+        if index >= len(self.segments) or not 0 < slot_class[1] <= self.plan.size_bytes:
+            return None
+        segment = self.segments[index]
+        if segment.slot_class is None:
+            self._free_segments.remove(index)
+            self._open_as(index, slot_class)
+            self._unsettled[index] = None
+        return segment if segment.slot_class == slot_class else None
+
+    def unclaim(self, slots: array[int], slot_class: SlotClass) -> None:
+        """Undoes a claim."""
+        for index, places in by_segment(slots):
+            self._unclaim(index, places, slot_class)
+        self._open_slots[slot_class] += len(slots)
+        self._count(slot_class[0], -len(slots) * slot_class[1])
+
+    def _unclaim(self, index: int, places: range, slot_class: SlotClass) -> None:
+        segment = self.segments[index]
+        if segment.used == segment.slot_count:
+            self._open[slot_class][index] = None
+        segment.in_use[places.start : places.stop] = bytes(len(places))
+        segment.used -= len(places)
+
+    def settle(self) -> Iterator[None]:
+        """All that was found again is claimed: what is free between it can be handed out. Yields
+        between two parts of it, each a fraction of a millisecond.
+        """
+        while self._unsettled:
+            index = next(iter(self._unsettled))
+            segment = self.segments[index]
+            assert segment.slot_class is not None
+            segment.fresh = segment.in_use.rfind(1) + 1
+            first, returned = index << SLOT_BITS, array("I")
+            for end in range(segment.fresh, 0, -_SETTLED_SLOTS):
+                start = max(0, end - _SETTLED_SLOTS)
+                used = segment.in_use[start:end]
+                if used.count(0):
+                    below = range(end - 1, start - 1, -1)
+                    returned.extend(first | at for at in below if not used[at - start])
+                yield
+            segment.returned = returned
+            del self._unsettled[index]
+            if not segment.used:
+                self._disown(segment, segment.slot_class)
 
     def release(self, slots: Iterable[int]) -> None:
         """Slots are free again. Raises InvariantViolated for one that was not in use."""
@@ -261,9 +290,14 @@ class TierSlots:
         self._free_segments.append(segment.index)
         self._free_homes[segment.home] = self._free_homes.get(segment.home, 0) + 1
 
-    def set_owner(self, slots: Iterable[int], run_id: int) -> None:
+    def set_owner(self, slots: Sequence[int], run_id: int) -> None:
         """These slots are held by that run now."""
         segments = self.segments
+        if len(slots) >= _MANY_SLOTS:
+            for index, places in by_segment(array("I", slots)):
+                runs = array("Q", (run_id,)) * len(places)
+                segments[index].owner_runs[places.start : places.stop] = runs
+            return
         for slot in slots:
             segments[slot >> SLOT_BITS].owner_runs[slot & _INDEX_MASK] = run_id
 
@@ -301,6 +335,10 @@ class TierSlots:
         used_bytes = 0
         open_slots: dict[SlotClass, int] = {}
         for segment in self.segments:
+            if segment.index in self._unsettled:
+                self._check_unsettled(segment, open_slots)
+                used_bytes += segment.used * (segment.slot_class or ("", 0))[1]
+                continue
             if segment.slot_class is None:
                 if segment.used or segment.fresh or len(segment.returned):
                     raise InvariantViolated(f"free segment {segment.index} has slots")
@@ -328,14 +366,16 @@ class TierSlots:
             if open_slots.get(slot_class, 0) != count:
                 raise InvariantViolated(f"{slot_class}: {count} open slots in the books")
 
+    @staticmethod
+    def _check_unsettled(segment: Segment, open_slots: dict[SlotClass, int]) -> None:
+        if segment.slot_class is None or segment.in_use.count(1) != segment.used:
+            raise InvariantViolated(f"segment {segment.index}: claimed slots are miscounted")
+        free = segment.slot_count - segment.used
+        open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + free
+
     def __repr__(self) -> str:
         counts = self.counts()
         return (
             f"<TierSlots {self.plan.tier.label}: {counts.used_slots} slots used, "
             f"{counts.segments_used} of {self.plan.count} segments>"
         )
-
-
-def _is_free(segment: Segment, slot: int) -> bool:
-    index = slot & _INDEX_MASK
-    return index < segment.slot_count and not segment.in_use[index]

@@ -61,7 +61,7 @@ class FaultyTier:
         self._lock = threading.Lock()
         self._faults: list[_Fault] = []
         self._gates: dict[str, Gate] = {}
-        self._seen = {"write": 0, "read": 0, "erase": 0, "sync": 0}
+        self._seen = {"write": 0, "read": 0, "erase": 0, "sync": 0, "find": 0}
         self._counts = TierCounts()
 
     # --- the plan
@@ -86,6 +86,10 @@ class FaultyTier:
         """The nth call of `sync` from now on raises TierFailed."""
         self._plan("sync", nth, for_ever, TierFailed("planned: sync failed"))
 
+    def fail_find(self, nth: int = 1, *, for_ever: bool = False) -> None:
+        """The nth call of `find` from now on raises TierFailed."""
+        self._plan("find", nth, for_ever, TierFailed("planned: nothing found"))
+
     def corrupt_read(self, nth: int = 1, *, for_ever: bool = False) -> None:
         """One bit of what the nth item read brings is flipped, and nobody is told."""
         self._plan("read", nth, for_ever, None)
@@ -95,7 +99,9 @@ class FaultyTier:
         self._plan("write", nth, for_ever, None)
 
     def hold(self, operation: str) -> Gate:
-        """Batches of "write", "read", "erase" or "sync" wait from now on until the gate opens."""
+        """Batches of "write" or "read", or calls of "erase", "sync" or "find", wait from now on
+        until the gate opens.
+        """
         assert operation in self._seen
 
         gate = Gate(threading.Event(), threading.Event())
@@ -152,8 +158,10 @@ class FaultyTier:
         self._strike_call("sync")
         self.tier.sync()
 
-    def recover(self) -> Sequence[SlotRecord]:
-        return self.tier.recover()
+    def find(self, **how: Any) -> Any:
+        """As the SSD tier's. Raises TierFailed where planned."""
+        self._strike_call("find")
+        return self.__getattr__("find")(**how)
 
     def counts(self) -> TierCounts:
         """The tier's, and the planned failures as errors."""

@@ -68,10 +68,6 @@ class Tier(Protocol):
         """All finished writes survive a power cut once this returns. Raises TierFailed."""
         ...
 
-    def recover(self) -> Sequence[SlotRecord]:
-        """What survived from before; empty for memory. Called once, before any write."""
-        ...
-
     def counts(self) -> TierCounts:
         """Snapshot; any thread."""
         ...

@@ -1,11 +1,11 @@
 r"""Catalogue: which slot of the SSD tier holds what, in LMDB.
 
 A record's key is its slot number (u32, native order: LMDB integerkey), so a slot can never be
-claimed twice and neighbours share pages; its value is `_RECORD`, `_KIND`, key, parent. The first
+claimed twice and neighbours share pages; its value is `RECORD`, `KIND`, key, parent. The first
 field is XXH3-64 of all that follows, which repeats the slot number: LMDB itself returned 132 of
 150 flipped bits as good content (reliability.md 1.1).
 
-    open() --> [lmdb.verify, before it is mapped] --> sound: records()
+    open() --> [lmdb.verify, before it is mapped] --> sound: pieces()
                                                  \--> damaged: set aside under a dated name, rebuild
 
 Damage that LMDB finds only when it reads is `CatalogueDamaged`: `set_aside`, `open` again, rebuild.
@@ -23,15 +23,17 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import lmdb
 import lmdb.verify
 import xxhash
 
-from kvtier.block import SEGMENTS_MAX, SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
+from kvtier.block import SLOT_BITS, SlotLabel
 from kvtier.errors import TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
@@ -40,14 +42,12 @@ from kvtier.tiers.shared import Shared
 from kvtier.units import GIB, KIB, MIB
 
 # checksum, slot, position, payload checksum, generation; then the kind: slot_bytes, size, epoch,
-# namespace, shard, codec, fidelity, key length, parent length. Neighbours share their kind, so it
-# is decoded once for all of them.
-_RECORD: Final = struct.Struct("=QIIQQ")
-_KIND: Final = struct.Struct("=IQQ16sHBBBB")
-_KIND_AT: Final = _RECORD.size
-_KEY_AT: Final = _RECORD.size + _KIND.size
-_CODECS: Final = {int(codec): codec for codec in Codec}
-_FIDELITIES: Final = {int(fidelity): fidelity for fidelity in Fidelity}
+# namespace, shard, codec, fidelity, key length, parent length. kernels/cpu/records.cpp reads them
+# too.
+RECORD: Final = struct.Struct("=QIIQQ")
+KIND: Final = struct.Struct("=IQQ16sHBBBB")
+KIND_AT: Final = RECORD.size
+KEY_AT: Final = RECORD.size + KIND.size
 _COMPLETE: Final = b"complete"  # in the main database, beside the one of slots
 _MAP_BYTES_MIN: Final = 64 * MIB
 _MAP_BYTES_MAX: Final = 256 * GIB  # address space, not memory
@@ -67,8 +67,8 @@ _checksum: Callable[[bytes], int] = xxhash.xxh3_64_intdigest
 
 def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, bytes]:
     """Key and value of a record."""
-    head = _RECORD.pack(0, slot, label.position, label.checksum, label.generation)
-    kind = _KIND.pack(
+    head = RECORD.pack(0, slot, label.position, label.checksum, label.generation)
+    kind = KIND.pack(
         slot_bytes, label.size_bytes, label.epoch, label.namespace, label.shard, label.codec,
         label.fidelity, len(label.key), len(label.parent),
     )  # fmt: skip
@@ -78,21 +78,6 @@ def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, by
 
 class CatalogueDamaged(TierFailed):
     """LMDB found its own file damaged. At a start: set it aside and rebuild; later: restart."""
-
-
-class _Kind(NamedTuple):
-    """What many records have in common; `newest` is shared by all of one namespace and shard."""
-
-    slot_bytes: int
-    size_bytes: int
-    epoch: int
-    namespace: bytes
-    shard: int
-    codec: Codec
-    fidelity: Fidelity
-    key_end: int
-    parent_end: int
-    newest: dict[bytes, int]  # key -> index of its record
 
 
 class Catalogue:
@@ -108,7 +93,6 @@ class Catalogue:
         self._env: lmdb.Environment | None = None
         self._syncs = Shared(self._sync)
         self._unsynced: TierFailed | None = None
-        self.damaged_count = 0
 
     def open(self) -> bool:
         """Opens it; False when slabs must be scanned to fill it, followed by `complete`."""
@@ -270,68 +254,26 @@ class Catalogue:
         self._transact(work)
         reach("slab.emptied")
 
-    def records(
-        self, epochs: Mapping[bytes, int], cuts: Sequence[tuple[int, int]], segment_bytes: int
-    ) -> tuple[list[SlotRecord], list[int]]:
-        """Every sound record, the newest of each identity; and the slots of all the others.
-
-        `cuts[segment]` is the slab's (slot_bytes, cut generation). One core: about 2 us a record.
-        `damaged_count` grows by the records whose checksum is wrong.
+    def pieces(self, count: int) -> Generator[tuple[bytes, array[int], bytes], None, None]:
+        """All records in the order of their slots, so many at a time: keys, lengths of values,
+        values one after another. Changes made meanwhile are not seen. One thread; end it (or close
+        it) before the catalogue is closed.
         """
-        good: list[SlotRecord] = []
-        bad: list[int] = []
-        kinds: dict[bytes, _Kind] = {}
-        newest: dict[tuple[bytes, int], dict[bytes, int]] = {}
-        unpack, checksum_of, new = _RECORD.unpack_from, _checksum, tuple.__new__
-        mask = SLOTS_PER_SEGMENT_MAX - 1
-        limits = [(cut[0], cut[1], segment_bytes // max(cut[0], 1)) for cut in cuts]
-        limits += [(0, 0, 0)] * (SEGMENTS_MAX - len(limits))
-
-        def work(transaction: lmdb.Transaction[bytes]) -> None:
-            for stored_key, value in transaction.cursor():
-                body = value[8:]
-                if len(body) >= _KEY_AT - 8 and body[:4] == stored_key:
-                    checksum, slot, position, payload_checksum, generation = unpack(value)
-                else:
-                    checksum = slot = -1
-                if checksum_of(body) != checksum:
-                    self.damaged_count += 1
-                    bad.append(int.from_bytes(stored_key, "little"))
-                    continue
-                packed = value[_KIND_AT:_KEY_AT]
-                kind = kinds.get(packed)
-                if kind is None:
-                    kind = kinds[packed] = _decode_kind(packed, epochs, newest)
-                (
-                    slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_end,
-                    parent_end, places,
-                ) = kind  # fmt: skip
-                cut_bytes, generation_min, slot_count = limits[slot >> SLOT_BITS]
-                if (
-                    slot_bytes != cut_bytes
-                    or generation < generation_min
-                    or slot & mask >= slot_count
-                ):
-                    bad.append(slot)
-                    continue
-                key = value[_KEY_AT:key_end]
-                label = SlotLabel(
-                    namespace, epoch, key, value[key_end:parent_end], position, shard, size_bytes,
-                    payload_checksum, codec, fidelity, generation,
-                )  # fmt: skip
-                record = new(SlotRecord, (slot, slot_bytes, label))
-                index = places.setdefault(key, len(good))
-                if index == len(good):
-                    good.append(record)
-                elif generation > good[index].label.generation:
-                    bad.append(good[index].slot)
-                    good[index] = record
-                else:
-                    bad.append(slot)
-
-        self._transact(work)
-        reach("recover.records")
-        return good, bad
+        with self._lock:
+            if self._env is None:
+                raise TierFailed(f"{self._path} is not open")
+            transaction = self._env.begin(db=self._db)
+        try:
+            with transaction, transaction.cursor() as cursor:
+                items = cursor.iternext(keys=True, values=True)
+                # Nothing here is done in Python for each record: a million are half a second.
+                while part := list(islice(items, count)):
+                    keys, values = zip(*part, strict=True)
+                    yield b"".join(keys), array("I", map(len, values)), b"".join(values)
+        except _DAMAGE as error:
+            raise CatalogueDamaged(f"{self._path} is damaged ({error})") from error
+        except lmdb.Error as error:
+            raise TierFailed(f"{self._path}: {error}") from error
 
     def sync(self) -> None:
         """All transactions so far survive a power cut. Callers at the same time share one.
@@ -359,6 +301,13 @@ class Catalogue:
                 )
                 raise self._unsynced from error
 
+    def abandon(self) -> None:
+        """Closes it as it is, without the clean marker: something is wrong with it. Idempotent."""
+        with self._lock:
+            if self._env is not None:
+                self._env.close()
+                self._env = None
+
     def close(self) -> None:
         """Syncs, closes and, when all that went well, leaves the clean marker. Idempotent."""
         if self._env is None:
@@ -374,30 +323,12 @@ class Catalogue:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
 
-def _decode_kind(
-    packed: bytes,
-    epochs: Mapping[bytes, int],
-    newest: dict[tuple[bytes, int], dict[bytes, int]],
-) -> _Kind:
-    """The kind; its `slot_bytes` is -1, that of no slab, when such blocks no longer count."""
-    fields = _KIND.unpack(packed)
-    slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_length, parent = fields
-    if epochs.get(namespace) != epoch or codec not in _CODECS or fidelity not in _FIDELITIES:
-        slot_bytes = -1
-    key_end = _KEY_AT + key_length
-    return _Kind(
-        slot_bytes, size_bytes, epoch, namespace, shard, _CODECS.get(codec, Codec.RAW),
-        _FIDELITIES.get(fidelity, Fidelity.EXACT), key_end, key_end + parent,
-        newest.setdefault((namespace, shard), {}),
-    )  # fmt: skip
-
-
 def _names(value: bytes, label: SlotLabel) -> bool:
     """Whether a stored record is of this block, and of this writing of it if that is known."""
-    if len(value) < _KEY_AT:
+    if len(value) < KEY_AT:
         return True
-    _, _, _, namespace, shard, _, _, key_length, _ = _KIND.unpack_from(value, _KIND_AT)
-    stored = (namespace, shard, value[_KEY_AT : _KEY_AT + key_length])
-    generation = _RECORD.unpack_from(value)[4]
+    _, _, _, namespace, shard, _, _, key_length, _ = KIND.unpack_from(value, KIND_AT)
+    stored = (namespace, shard, value[KEY_AT : KEY_AT + key_length])
+    generation = RECORD.unpack_from(value)[4]
     same = stored == (label.namespace, label.shard, label.key)
     return same and label.generation in (0, generation)

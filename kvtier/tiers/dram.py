@@ -205,10 +205,6 @@ class DramTier:
     def sync(self) -> None:
         """Nothing to do: memory does not survive a power cut, and nobody is told it would."""
 
-    def recover(self) -> Sequence[SlotRecord]:
-        """Nothing survives."""
-        return ()
-
     def counts(self) -> TierCounts:
         """Snapshot; any thread."""
         return self._counts

@@ -6,7 +6,8 @@ r"""Slab: one preallocated file of slots on disk, and what it says of itself.
     [65536, + segment)   slots: header page, then payload rounded up to 4096 (slots.py)
 
 Slab header, little endian: 0 magic `KVTSLAB\0`, 8 version u32, 12 slab index u32, 16 slot_bytes
-u64, 24 cut generation u64 (slots of older generations are dead), 32 XXH3-64 of bytes [0, 32).
+u64, 24 cut generation u64 (slots of older generations are dead), 32 id of the state directory, 16
+bytes, 48 XXH3-64 of bytes [0, 48).
 
 Namespaces: 0 magic `KVTNAMES`, 8 revision u64, 16 length u32, 20 zero u32, 24 XXH3-64 of [8, 24)
 and what follows, 32 zlib of, for each: digest 16 bytes, epoch u64, length u32, descriptor.
@@ -22,13 +23,13 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
-from kvtier.errors import BlockCorrupt, TierFailed
+from kvtier.errors import BlockCorrupt, DaemonUnavailable, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.files import Files
@@ -41,7 +42,7 @@ SLAB_RESERVED_BYTES: Final = 64 * KIB
 _SLAB_MAGIC: Final = b"KVTSLAB\0"
 _NAMES_MAGIC: Final = b"KVTNAMES"
 _VERSION: Final = 1
-_SLAB: Final = struct.Struct("<8sIIQQ")
+_SLAB: Final = struct.Struct("<8sIIQQ16s")
 _NAMES: Final = struct.Struct("<8sQII")
 _NAME: Final = struct.Struct("<16sQI")
 _SUM: Final = struct.Struct("<Q")
@@ -70,6 +71,7 @@ class Slab:
         self.fd = -1
         self.slot_bytes = 0
         self.cut_generation = 0
+        self.state_id = bytes(16)
         self.names: Names = {}
         self.sync_failures = 0
         self.lock = threading.Lock()
@@ -103,15 +105,26 @@ class Slab:
         return True
 
     def _read_head(self, head: bytes) -> None:
-        magic, version, index, slot_bytes, generation = _SLAB.unpack_from(head)
+        magic, version, index, slot_bytes, generation, state_id = _SLAB.unpack_from(head)
         (checksum,) = _SUM.unpack_from(head, _SLAB.size)
         sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
-        if (magic, version, index, sound) == (_SLAB_MAGIC, _VERSION, self.index, True):
-            self.slot_bytes, self.cut_generation = slot_bytes, generation
+        if (magic, version, sound) == (_SLAB_MAGIC, _VERSION, True):
+            self.cut_generation = generation  # wherever the file comes from: not to be used again
+            if index == self.index:
+                self.slot_bytes, self.state_id = slot_bytes, state_id
         for offset in _NAMES_OFFSETS:
             revision, names = _unpack_names(head[offset : offset + _NAMES_BYTES])
             if revision > self._revision:
                 self._revision, self.names = revision, names
+
+    def belong_to(self, state_id: bytes) -> None:
+        """A file that was cut in another state directory holds nothing of ours: it counts as not
+        cut. What it will be cut into from now on is ours.
+        """
+        if self.slot_bytes and self.state_id != state_id:
+            logger.warning("%s is of another state directory: what it holds is not used", self.path)
+            self.slot_bytes, self.names = 0, {}
+        self.state_id = state_id
 
     def create(self, *, min_free_bytes: int) -> None:
         """Makes and preallocates the file, durably. Hold `lock`.
@@ -160,7 +173,7 @@ class Slab:
 
         Hold `lock`. Durable with the next `sync`. Raises TierFailed: nothing was changed for us.
         """
-        head = _SLAB.pack(_SLAB_MAGIC, _VERSION, self.index, slot_bytes, generation)
+        head = _SLAB.pack(_SLAB_MAGIC, _VERSION, self.index, slot_bytes, generation, self.state_id)
         reach("slab.unnamed")
         self._write(0, head + _SUM.pack(native.checksum_bytes(head)), PAGE_BYTES)
         reach("slab.cut")
@@ -210,13 +223,30 @@ class Slab:
             if self.sync_failures != failures_before:
                 raise TierFailed(f"{self.path}: a sync of these bytes failed")
 
-    def scan(self) -> Iterator[SlotRecord]:
-        """Every slot with a sound header of this cut, from the headers alone. Raises TierFailed."""
+    def scan(self, stopping: Callable[[], bool]) -> Iterator[SlotRecord]:
+        """Every slot with a sound header of this cut, from the headers alone.
+
+        Raises:
+            DaemonUnavailable: `stopping` said so.
+        """
+        for index, record in self._headers(stopping):
+            if self._is_here(record, index):
+                yield record
+
+    def newest(self, stopping: Callable[[], bool]) -> int:
+        """The highest generation in any slot's header, whether it counts or not. As `scan`."""
+        generations = (record.label.generation for _, record in self._headers(stopping))
+        return max(generations, default=0)
+
+    def _headers(self, stopping: Callable[[], bool]) -> Iterator[tuple[int, SlotRecord]]:
+        """The sound headers, with the index of the slot they lie in."""
         if self.slot_bytes < 2 * PAGE_BYTES:
             return
         count = (self.size_bytes - SLAB_RESERVED_BYTES) // self.slot_bytes
         with native.AlignedBuffer(_SCAN_SLOTS * SLOT_HEADER_BYTES) as pages:
             for first in range(0, count, _SCAN_SLOTS):
+                if stopping():
+                    raise DaemonUnavailable("the daemon is stopping")
                 indexes = range(first, min(first + _SCAN_SLOTS, count))
                 n = len(indexes)
                 headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
@@ -229,9 +259,7 @@ class Slab:
                     if errors[i]:
                         continue  # unreadable here is unreadable later: not a block any more
                     with contextlib.suppress(BlockCorrupt):
-                        record = unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)
-                        if self._is_here(record, index):
-                            yield record
+                        yield index, unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)
 
     def _is_here(self, record: SlotRecord, index: int) -> bool:
         return (

@@ -5,8 +5,9 @@ A write's way, and what a crash after each step leaves:
     header + payload -> fdatasync (once per slab and batch) -> one LMDB transaction -> answered
          old or torn        whole, but nobody lists it            listed      there after a kill
 
-State directory: `VERSION`, `namespaces` (epochs), `catalogue/` (LMDB), `clean` (left by `close`),
-`slabs/00017.slab`. Slabs alone rebuild everything. The caller holds the directory's lock.
+State directory: `VERSION`, `identity` (its id, the number of the start), `namespaces` (epochs),
+`catalogue/` (LMDB), `clean` (left by `close`), `slabs/00017.slab`. Slabs alone rebuild everything.
+The caller holds the directory's lock.
 
 Does not: choose slots, or retry: what failed is the caller's to place elsewhere.
 """
@@ -14,37 +15,33 @@ Does not: choose slots, or retry: what failed is the caller's to place elsewhere
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from kvtier import native
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, TierId
-from kvtier.errors import (
-    BlockCorrupt,
-    InvariantViolated,
-    TierFailed,
-)
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, SlotLabel, TierId
+from kvtier.errors import BlockCorrupt, InvariantViolated, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, TierCounts
-from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged, pack_record
+from kvtier.tiers.catalogue import Catalogue, pack_record
 from kvtier.tiers.dram import add_counts
 from kvtier.tiers.files import Files
+from kvtier.tiers.identity import Identity
+from kvtier.tiers.records import Found
+from kvtier.tiers.recovery import newest_in_slabs, open_slabs, read_catalogue
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory
 from kvtier.tiers.wipes import Wipes
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
 
-_SCAN_THREADS: Final = 8
-_START_BITS: Final = 32  # generation = number of the start << 32 | writes since
+_FORGET_SLOTS: Final = 4096  # records of one transaction
+_NOBODY: Final = SlotLabel(bytes(16), 0, b"", b"", 0, 0, 0)
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
 
 logger = logging.getLogger(__name__)
@@ -83,80 +80,77 @@ class SsdTier:
         self._files = files or Files()
         self._staging = SlotStaging(self._files)
         self._counts = TierCounts()
-        self._generations = itertools.count(1)
-        self._recovered = False
+        self._loaded = self._recovered = False
         prepare_directory(self._files, directory)
         self.direct_io = choose_direct_io(directory, direct_io)
+        folder, direct = directory / "slabs", self.direct_io
         self._slabs = [
-            Slab(
-                self._files,
-                directory / "slabs" / f"{i:05}.slab",
-                i,
-                segment_bytes,
-                direct=self.direct_io,
-            )
+            Slab(self._files, folder / f"{i:05}.slab", i, segment_bytes, direct=direct)
             for i in range(segment_count)
         ]
         self._wipes = Wipes(self._slabs, self._staging)
+        self._identity = Identity(self._files, directory / "identity")
         self._book = NamespaceBook(self._files, directory / "namespaces")
         self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
 
     # --- coming back
 
-    def recover(self) -> list[SlotRecord]:
-        """What is there, after at most a kill or power cut. Once, before anything else.
+    def load(self) -> None:
+        """Reads what slabs and the small files say: `namespaces` is right after this, and epochs
+        can be set. Milliseconds, and `find` does it where it was not done. Raises TierFailed.
+        """
+        if self._loaded:
+            return
+        remove_strays(self._files, self._slabs, self.directory / "slabs")
+        open_slabs(self._slabs, self._identity, self._book)
+        self._wipes.doubt()
+        reach("recover.opened")
+        self._loaded = True
+
+    def recover(self) -> Found:
+        """`load`, `find` and `forget`. Worker thread. Raises TierFailed."""
+        found = self.find()
+        self.forget(found.dropped, found.stale)
+        return found
+
+    def find(self, *, stopping: Callable[[], bool] = lambda: False) -> Found:
+        """What is there, after at most a kill or power cut; until then nothing can be written.
 
         Damaged parts are set aside and rebuilt from slabs; records of older epochs, of a newer
-        copy's rivals, or that do not fit this plan are dropped. Worker thread (2 s a million
-        blocks, 2 s more after an unclean end). Raises TierFailed.
+        copy's rivals, or that do not fit this plan are left out: have them forgotten. Once, or
+        again after an error. Worker thread (2 s a million blocks).
+
+        Raises:
+            TierFailed: it cannot be read. DaemonUnavailable: `stopping` said so.
         """
-        remove_strays(self._files, self._slabs, self.directory / "slabs")
-        self._book.load()
-        for slab in self._slabs:
-            if slab.open_existing():
-                slab.resize()
-                self._book.merge(slab.names)
-        reach("recover.opened")
-        collects = gc.isenabled()
-        gc.disable()  # millions of objects that all stay: collecting meanwhile doubles the time
+        self.load()
         try:
-            try:
-                good, bad = self._read_catalogue()
-            except CatalogueDamaged as error:
-                self._catalogue.set_aside(str(error))
-                good, bad = self._read_catalogue()
-        finally:
-            if collects:
-                gc.enable()
-        if bad:
-            self._catalogue.delete(bad)
-            self._count(TierCounts(corrupt_count=self._catalogue.damaged_count))
-        reach("recover.cleaned")
-        newest = max((record.label.generation for record in good), default=0)
-        newest = max([newest, *(slab.cut_generation for slab in self._slabs)])
-        # Slots written but never listed may hold later generations of the former start.
-        self._generations = itertools.count((newest >> _START_BITS) + 1 << _START_BITS)
+            found = read_catalogue(
+                self._catalogue, self._slabs, self._book.names, self.plan, stopping
+            )
+        except TierFailed:
+            self._catalogue.abandon()
+            raise
+        self._count(TierCounts(corrupt_count=found.damaged_count))
+        newest = max([found.generation_max, *(slab.cut_generation for slab in self._slabs)])
+        if self._identity.start is None:
+            newest = max(newest, newest_in_slabs(self._slabs, stopping))
+        self._identity.begin(newest)
         self._recovered = True
-        return good
+        return found
 
-    def _read_catalogue(self) -> tuple[list[SlotRecord], list[int]]:
-        if not self._catalogue.open():
-            self._rebuild()
-        cuts = [(slab.slot_bytes, slab.cut_generation) for slab in self._slabs]
-        epochs = {digest: epoch for digest, (epoch, _) in self._book.names.items()}
-        return self._catalogue.records(epochs, cuts, self.plan.size_bytes)
-
-    def _rebuild(self) -> None:
-        """Fills an empty catalogue from slot headers; after a kill meanwhile it starts again.
-
-        What is older or foreign goes when the records are read.
+    def forget(self, dropped: Sequence[int], stale: Sequence[int]) -> None:
+        """No record of these slots any longer, and of the stale ones no header: neither evicts nor
+        a rebuild can bring them back. After `find`, before any write. Raises TierFailed.
         """
-        slabs = [slab for slab in self._slabs if slab.fd >= 0]
-        with ThreadPoolExecutor(_SCAN_THREADS, "kvtier-scan") as pool:
-            found = list(pool.map(lambda slab: list(slab.scan()), slabs))
-        reach("rebuild.scanned")
-        self._catalogue.put(pack_record(*record) for records in found for record in records)
-        self._catalogue.complete()
+        cuts = [slab.slot_bytes for slab in self._slabs]
+        for at in range(0, len(stale), _FORGET_SLOTS):
+            part = stale[at : at + _FORGET_SLOTS]
+            self._wipes.wipe([SlotRecord(slot, cuts[slot >> SLOT_BITS], _NOBODY) for slot in part])
+            self._catalogue.delete(part)
+        for at in range(0, len(dropped), _FORGET_SLOTS):
+            self._catalogue.delete(dropped[at : at + _FORGET_SLOTS])
+        reach("recover.cleaned")
 
     # --- namespaces
 
@@ -166,6 +160,7 @@ class SsdTier:
         `descriptor`: JSON of the NamespaceSpec, kept beside its blocks. Worker thread. Raises
         TierFailed: it is not registered.
         """
+        self._must_be_loaded()
         with self._names_lock:
             known = self._book.names.get(digest)
             if known is None or known[0] < epoch:
@@ -182,6 +177,7 @@ class SsdTier:
             TierFailed: that cannot be promised (it may hold all the same).
             InvariantViolated: no such namespace is registered, or the epoch is older.
         """
+        self._must_be_loaded()
         with self._names_lock:
             known = self._book.names.get(digest)
             if known is None or known[0] > epoch:
@@ -194,13 +190,21 @@ class SsdTier:
                         slab.list_names({**slab.names, digest: (epoch, known[1])})
                         slab.sync(before)
 
+    def _must_be_loaded(self) -> None:
+        # A list of namespaces made without having read the old one would replace it.
+        if not self._loaded:
+            raise TierFailed(f"{self.directory} could not be read yet: no epoch can be set in it")
+
     # --- the Tier protocol
 
     def write(self, batch: Sequence[SlotIO]) -> None:
         """Header and payload, `fdatasync`, catalogue: then done. A given checksum is believed."""
         assert self._recovered, "recover() comes first"
 
-        items = self._ready(batch)
+        for item in batch:
+            item.error = None
+        attempt(batch, self._identity.promise)
+        items = self._ready([item for item in batch if item.error is None])
         unsummed = [item for item in items if item.label.checksum == 0]
         checksums = native.checksum(
             [item.address for item in unsummed], [item.label.size_bytes for item in unsummed]
@@ -212,7 +216,7 @@ class SsdTier:
         if items:
             slabs = [self._slabs[item.slot >> SLOT_BITS] for item in items]
             for item in items:
-                item.label.generation = next(self._generations)
+                item.label.generation = self._identity.next_generation()
             reach("write.begin")
             self._staging.write(items, *places(items, slabs))
         reach("write.written")
@@ -245,7 +249,6 @@ class SsdTier:
         """The items whose slab is there, cut and lists their namespace; others get their error."""
         ready = []
         for item in batch:
-            item.error = None
             slab = self._slab(item)
             label = item.label
             try:
@@ -274,7 +277,7 @@ class SsdTier:
             if slab.slot_bytes != item.slot_bytes:
                 self._catalogue.delete_segment(slab.index)
                 slab.list_names({})
-                slab.cut(item.slot_bytes, next(self._generations))
+                slab.cut(item.slot_bytes, self._identity.next_generation())
             if digest not in slab.names:
                 entry = self._book.names.get(digest)
                 if entry is None:
@@ -286,13 +289,14 @@ class SsdTier:
 
         No slot of it may be in use. Worker thread. Raises TierFailed: try again.
         """
+        self._identity.promise()
         slab = self._slabs[segment]
         with slab.lock:
             if slab.fd >= 0:
                 before = slab.sync_failures
                 self._catalogue.delete_segment(segment)
                 slab.list_names({})
-                slab.cut(slab.slot_bytes, next(self._generations))
+                slab.cut(slab.slot_bytes, self._identity.next_generation())
                 slab.sync(before)
 
     def read(self, batch: Sequence[SlotIO]) -> None:

@@ -28,6 +28,10 @@ class Wipes:
         self._lock = threading.Lock()
         self._unsynced: dict[int, int] = {}  # slab -> its sync_failures before the first wipe
 
+    def doubt(self) -> None:
+        """At a start: whether what was wiped before it is synced is not known of any slab."""
+        self._unsynced = {slab.index: slab.sync_failures for slab in self._slabs if slab.fd >= 0}
+
     def wipe(self, records: Sequence[SlotRecord | SlotIO]) -> None:
         """Zeroes these slots' headers, not yet durably; of slabs cut anew there is none left.
 

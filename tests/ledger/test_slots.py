@@ -94,36 +94,52 @@ def test_a_slot_is_not_released_twice() -> None:
         slots.release(taken[1:])
 
 
+def settled(slots: TierSlots) -> TierSlots:
+    for _ in slots.settle():
+        slots.check()
+    slots.check()
+    return slots
+
+
 def test_slots_are_found_again() -> None:
     slots = two_segments()
-    assert slots.claim_all([0, 2, 1 << SLOT_BITS], RED) == set()
+    assert slots.claim([2, 1 << SLOT_BITS], RED)
+    assert slots.claim([0], RED)
     assert_slots(slots, used=3, wasted_kib=20, segments=2)
+    with pytest.raises(AssertionError, match="still being found"):
+        slots.acquire(*RED, 1)
+    settled(slots)
     assert sorted(slots.acquire(*RED, 5)) == [1, 3, *(1 << SLOT_BITS | n for n in (1, 2, 3))]
+    slots.check()
 
 
 @pytest.mark.parametrize(
-    ("claimed", "refused"),
+    "claimed",
     [
-        ([0, 0, 1], {0}),  # two claims to one slot: neither is believed
-        ([0, 4], {4}),  # beyond the segment's slots
-        ([2 << SLOT_BITS], {2 << SLOT_BITS}),  # no such segment
-        ([7, 7], {7}),
+        [1, 0, 0],  # two claims to one slot
+        [0, 4],  # beyond the segment's slots
+        [0, 2 << SLOT_BITS],  # no such segment
+        [7, 7],
+        [0, 1, 2, 3, 3],  # the segment is full in between
     ],
 )
-def test_a_claim_that_cannot_be_is_refused(claimed: list[int], refused: set[int]) -> None:
+def test_a_claim_that_cannot_be_takes_nothing(claimed: list[int]) -> None:
     slots = two_segments()
-    assert slots.claim_all(claimed, RED) == refused
-    slots.check()
-    assert slots.counts().used_slots == len(set(claimed) - refused)
+    assert not slots.claim(claimed, RED)
+    assert slots.counts().used_slots == 0
+    assert slots.available(*RED) == 8
+    settled(slots)
+    assert_slots(slots, used=0, wasted_kib=0, segments=0)
 
 
 def test_a_segment_of_another_class_is_not_claimed() -> None:
     slots = two_segments()
-    assert slots.claim_all([0], RED) == set()
-    assert slots.claim_all([1], BLUE) == {1}
-    assert slots.claim_all([0, 1], RED) == {0}
-    assert slots.claim_all([1 << SLOT_BITS], ("red", 20 * KIB)) == {1 << SLOT_BITS}
-    assert_slots(slots, used=2, wasted_kib=8, segments=1)
+    assert slots.claim([0], RED)
+    assert not slots.claim([1], BLUE)
+    assert not slots.claim([0], RED)
+    assert not slots.claim([1 << SLOT_BITS], ("red", 20 * KIB))
+    assert slots.claim([1], RED)
+    assert_slots(settled(slots), used=2, wasted_kib=8, segments=1)
 
 
 def test_owners_name_the_runs_of_a_segment() -> None:

@@ -157,7 +157,19 @@ class Node:
         self.ssd: Any = None
         self.closed = False
 
-    async def open(self) -> Node:
+    async def open(self, *, recovered: bool = True) -> Node:
+        """With `recovered` it waits until the SSD tier is back."""
+        await self.start()
+        if recovered:
+            await self.recovered()
+        return self
+
+    async def recovered(self) -> None:
+        async with asyncio.timeout(WAIT_S):
+            await self.store.keeper.recovering.wait()
+
+    def prepare(self) -> None:
+        """Makes the tiers, on which faults can be planned before `start`."""
         tiers = self.config.tiers
         self.dram: Any = FaultyTier(
             DramTier(
@@ -177,11 +189,14 @@ class Node:
                     files=self.files,
                 )
             )
+
+    async def start(self) -> None:
+        if not hasattr(self, "dram"):
+            self.prepare()
         self.store = await Store.open(self.config, dram=self.dram, ssd=self.ssd, clock=self.clock)
         self.ledger = self.store.keeper.ledger
         self.filling = self.store.keeper.filling
         self.moves = self.store.keeper.moves
-        return self
 
     async def close(self, grace_s: float = 10.0) -> None:
         if not self.closed:

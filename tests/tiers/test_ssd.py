@@ -33,7 +33,7 @@ SIZE = 16 * 1024
 
 def open_tier(directory: Path, *, segments: int = 2) -> tuple[SsdTier, list[SlotRecord]]:
     tier = SsdTier(directory, segments, MIB, min_free_bytes=0)
-    records = tier.recover()
+    records = list(tier.recover())
     tier.register_namespace(NAMESPACE, DESCRIPTOR, 0)
     return tier, sorted(records)
 
@@ -249,7 +249,7 @@ def test_a_rebuild_that_was_killed_starts_again(
     tier = SsdTier(tmp_path, 2, MIB, min_free_bytes=0)
     monkeypatch.setattr(tier._catalogue, "complete", lambda: None)  # killed just before
     monkeypatch.setattr(tier._catalogue, "put", list)
-    assert tier.recover() == []
+    assert list(tier.recover()) == []
     die(tier)
     tier, found = open_tier(tmp_path)
     assert found == sorted(blocks.records())

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVT_ABI_VERSION 1
+#define KVT_ABI_VERSION 2
 #define KVT_HEADER_BYTES 4096
 #define KVT_EXPORT __attribute__((visibility("default")))
 
@@ -62,6 +62,68 @@ KVT_EXPORT int32_t kvt_slots_read(size_t n, const int32_t fd[], const uint64_t o
 // been a SIGBUS: tmpfs full, huge page pool empty, file too short; or not writable). Raises no
 // signal. Some pages may have been populated when it fails.
 KVT_EXPORT int32_t kvt_prefault(void* ptr, uint64_t len, int32_t* err);
+
+// --- catalogue records (kvtier/tiers/catalogue.py describes their bytes)
+
+#define KVT_KEY_BYTES_MAX 64
+#define KVT_STRETCH_BLOCKS_MAX 512
+
+// What became of a record (kvt_records.verdict).
+#define KVT_RECORD_KEPT 0
+#define KVT_RECORD_DAMAGED 1  // its checksum is wrong, or it lies under another key
+#define KVT_RECORD_DROPPED 2  // sound, but of another epoch, cut or shape
+#define KVT_RECORD_STALE 3    // could count, if others were not newer or missing
+
+// An unbranched stretch of a chain: `blocks` blocks of namespace `space`, parent before child, at
+// most KVT_STRETCH_BLOCKS_MAX. `parent` is that of the first one.
+struct KvtStretch {
+  uint32_t space;
+  uint32_t blocks;
+  uint32_t position;
+  uint32_t parent_len;
+  uint8_t parent[KVT_KEY_BYTES_MAX];
+};
+
+// Input: records in pieces. piece p has piece_count[p] records; stored_key[p] and value_len[p] are
+// arrays of u32, value[p] the values one after another. Segments and namespaces as arrays;
+// digests (16 bytes each) ascending; space_slot_bytes and space_size 0 = any. codecs and fidelities: bit c set = c is known.
+// Output memory is the caller's, each of `total` (the sum of piece_count) items; keys of total *
+// KVT_KEY_BYTES_MAX bytes, slots and checksums in the order of keys, shards together.
+struct KvtRecords {
+  uint64_t pieces;
+  const uint64_t* piece_count;
+  const uint32_t* const* stored_key;
+  const uint32_t* const* value_len;
+  const uint8_t* const* value;
+  uint64_t segments;
+  const uint64_t* slot_bytes;
+  const uint64_t* generation_min;
+  const uint64_t* slot_count;
+  uint64_t spaces;
+  const uint8_t* digest;
+  const uint64_t* epoch;
+  const uint64_t* space_slot_bytes;
+  const uint64_t* space_size;
+  const uint64_t* space_shards;
+  uint64_t slot_bits;
+  uint64_t codecs;
+  uint64_t fidelities;
+  // out
+  uint8_t* verdict;
+  uint8_t* keys;
+  uint32_t* slots;
+  uint64_t* checksums;
+  struct KvtStretch* stretches;
+  uint64_t* key_size;  // of each namespace; 0 = nothing was kept
+  uint64_t stretch_count;
+  uint64_t block_count;
+  uint64_t generation_max;  // of all sound records
+};
+
+// Decides which records count (checksum, cut, epoch, newest of each block and shard, all shards
+// there, no circle of parents) and lays their blocks out as stretches, chains in the order in which
+// they were written. Returns 0, or ENOMEM.
+KVT_EXPORT int32_t kvt_records_arrange(struct KvtRecords* records);
 
 #ifdef __cplusplus
 }
