@@ -93,9 +93,8 @@ class Keeper:
         )
         self.revoked: dict[int, int] = {}  # slot -> generation, where it is not 0
         self.on_reservation_over: Callable[[Reservation], None] = lambda _: None
-        tiers: dict[TierId, Tier] = {dram.plan.tier: dram}
-        if ssd is not None:
-            tiers[TierId.SSD] = ssd
+        lower: dict[TierId, Tier] = {} if ssd is None else {TierId.SSD: ssd}
+        tiers: dict[TierId, Tier] = {dram.plan.tier: dram, **lower}
         limits = config.limits
         self.ledger = Ledger(
             [tier.plan for tier in tiers.values()],
@@ -124,7 +123,6 @@ class Keeper:
         self.recycling = Recycling(
             dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake, self._recycled
         )
-        self._clock = clock
         self.recovering = Recovering(
             ssd, self.ledger, self.tally, clock, in_thread=self.in_thread,
             set_epoch=self._set_epoch, wake=self.wake, stop_by=self.stop_by,
@@ -136,7 +134,7 @@ class Keeper:
         self.erasing = Erasing(
             ssd, self.ledger, self.moves, self.progress, self.in_thread, self.recovering
         )
-        self._started_s = clock.monotonic_s()
+        self._clock, self._started_s = clock, clock.monotonic_s()
         self._rates = Rates()
         self._woken = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
