@@ -36,7 +36,7 @@ from kvtier.units import Clock
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 # What the loop does between two turns of everybody else. Lookups wait for that long at most.
-_SLICE_S = 0.001
+_SLICE_S = 0.0005
 _NOBODY_S = 0.00003  # an empty turn of the loop takes less
 _CALL_S = 0.001
 _RETRY_S = 10.0
