@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
-from conftest import Start
 from stores import Node, chain, reached
 
 from kvtier import recovering
 from kvtier.errors import DaemonUnavailable, TierFailed
 from kvtier.testing.faults import Gate
+
+Start = Callable[..., Awaitable[Node]]
 
 
 async def left(start: Start, *, seed: str = "a", count: int = 40, clean: bool = True) -> Node:
