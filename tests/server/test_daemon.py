@@ -243,3 +243,29 @@ def test_admin(daemon: Daemon, client: Client) -> None:
     for bad in (-1.0, 1e9):
         with pytest.raises(InvalidRequest, match="timeout_s"):
             admin.flush(bad)
+
+
+def test_it_answers_while_its_ssd_tier_comes_back(start: Start) -> None:
+    """Stopped in the middle of it: the next start has everything all the same."""
+    keys = keys_of("many", 4000)
+    daemon = start(ssd={"size_bytes": "1GiB"}, dram={"size_bytes": "256MiB"})
+    with Client(daemon.socket, deadline_s=30) as client:
+        stored(opened(client, "early"), keys)
+        assert daemon.admin.flush(60).remaining_blocks == 0
+    for harm in (daemon.stop, daemon.kill):
+        harm()
+        daemon.start(recovered=False)
+        with Client(daemon.socket, deadline_s=30) as client:
+            space = opened(client, "early")
+            assert space.lookup(keys).block_count in range(len(keys) + 1)  # whatever is there yet
+            stored(opened(client, f"new-{harm.__name__}"), KEYS, durable=True)
+            eventually(lambda: daemon.tier_states() == ["serving", "serving"], 30)
+            assert space.lookup(keys).block_count == len(keys)
+            assert holds(space, keys[:50])
+    assert daemon.stop() == 0
+    daemon.start(recovered=False)
+    assert daemon.stop() == 0
+    daemon.start()
+    with Client(daemon.socket, deadline_s=30) as client:
+        assert opened(client, "early").lookup(keys).block_count == len(keys)
+        assert holds(opened(client, "new-kill"), KEYS)
