@@ -12,9 +12,10 @@ from typing import Final
 
 from bench.keys import CHAIN_BLOCKS, chain
 from kvtier.block import SLOT_BITS, BlockFormat, NamespaceSpec, SlotLabel
-from kvtier.tiers.catalogue import Catalogue, pack_record
+from kvtier.tiers.catalogue import Catalogue
 from kvtier.tiers.files import Files
 from kvtier.tiers.identity import Identity
+from kvtier.tiers.packing import pack_record
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab
 from kvtier.tiers.slots import SLOT_HEADER_BYTES
 from kvtier.tiers.state import NamespaceBook, prepare_directory

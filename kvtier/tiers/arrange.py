@@ -17,9 +17,8 @@ from typing import Final
 from kvtier import native
 from kvtier.block import SLOT_BITS
 from kvtier.errors import TierFailed
+from kvtier.tiers.packing import CODECS, FIDELITIES
 from kvtier.tiers.records import (
-    CODECS,
-    FIDELITIES,
     KEY_BYTES_MAX,
     Arranger,
     Found,
@@ -73,8 +72,10 @@ def _arrange_natively(
         kept.append(column)
         return column.buffer_info()[0]
 
-    def text(content: bytes) -> int:
+    def text(content: bytes | memoryview) -> int:
         kept.append(content)
+        if isinstance(content, memoryview):
+            return ctypes.addressof(ctypes.c_char.from_buffer(content)) if len(content) else 0
         return ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value or 0
 
     digests = sorted(shapes)

@@ -1,12 +1,11 @@
 r"""Catalogue: which slot of the SSD tier holds what, in LMDB.
 
-A record's key is its slot number (u32, native order: LMDB integerkey), so a slot can never be
-claimed twice and neighbours share pages; its value is `RECORD`, `KIND`, key, parent. The first
-field is XXH3-64 of all that follows, which repeats the slot number: LMDB itself returned 132 of
-150 flipped bits as good content (reliability.md 1.1).
+A record's key is its slot number (LMDB integerkey), so a slot can never be claimed twice and
+neighbours share pages; its value (packing.py) carries a checksum of its own and repeats the slot
+number: LMDB itself returned 132 of 150 flipped bits as good content (reliability.md 1.1).
 
-    open() --> [lmdb.verify, before it is mapped] --> sound: pieces()
-                                                 \--> damaged: set aside under a dated name, rebuild
+    open() --> [checked before it is mapped] --> sound: take_listed() or pieces()
+                                            \--> damaged: set aside under a dated name, rebuild
 
 Damage that LMDB finds only when it reads is `CatalogueDamaged`: `set_aside`, `open` again, rebuild.
 
@@ -31,23 +30,18 @@ from typing import Final
 
 import lmdb
 import lmdb.verify
-import xxhash
 
-from kvtier.block import SLOT_BITS, SlotLabel
+from kvtier.block import SLOT_BITS
 from kvtier.errors import TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.files import Files
+from kvtier.tiers.packing import names
+from kvtier.tiers.pages import sound_records
+from kvtier.tiers.records import Piece
 from kvtier.tiers.shared import Shared
 from kvtier.units import GIB, KIB, MIB
 
-# checksum, slot, position, payload checksum, generation; then the kind: slot_bytes, size, epoch,
-# namespace, shard, codec, fidelity, key length, parent length. kernels/cpu/records.cpp reads them
-# too.
-RECORD: Final = struct.Struct("=QIIQQ")
-KIND: Final = struct.Struct("=IQQ16sHBBBB")
-KIND_AT: Final = RECORD.size
-KEY_AT: Final = RECORD.size + KIND.size
 _COMPLETE: Final = b"complete"  # in the main database, beside the one of slots
 _MAP_BYTES_MIN: Final = 64 * MIB
 _MAP_BYTES_MAX: Final = 256 * GIB  # address space, not memory
@@ -62,18 +56,6 @@ _DAMAGE: Final = (
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
-_checksum: Callable[[bytes], int] = xxhash.xxh3_64_intdigest
-
-
-def pack_record(slot: int, slot_bytes: int, label: SlotLabel) -> tuple[bytes, bytes]:
-    """Key and value of a record."""
-    head = RECORD.pack(0, slot, label.position, label.checksum, label.generation)
-    kind = KIND.pack(
-        slot_bytes, label.size_bytes, label.epoch, label.namespace, label.shard, label.codec,
-        label.fidelity, len(label.key), len(label.parent),
-    )  # fmt: skip
-    body = b"".join((head[8:], kind, label.key, label.parent))
-    return body[:4], _checksum(body).to_bytes(8, "little") + body
 
 
 class CatalogueDamaged(TierFailed):
@@ -93,6 +75,7 @@ class Catalogue:
         self._env: lmdb.Environment | None = None
         self._syncs = Shared(self._sync)
         self._unsynced: TierFailed | None = None
+        self._listed: Piece | None = None
 
     def open(self) -> bool:
         """Opens it; False when slabs must be scanned to fill it, followed by `complete`."""
@@ -104,6 +87,7 @@ class Catalogue:
                 self.set_aside(problem)
                 fresh = True
         if fresh:
+            self._listed = None
             self._forget_clean()
             problem = self._try_open()
             if problem is not None:
@@ -113,6 +97,8 @@ class Catalogue:
         reach("recover.catalogue")
         found: list[bytes | None] = []
         self._transact(lambda txn: found.append(txn.get(_COMPLETE, db=self._main)))
+        if found[-1] is None:
+            self._listed = None
         return found[-1] is not None
 
     def complete(self) -> None:
@@ -124,6 +110,9 @@ class Catalogue:
     def _problem(self) -> str | None:
         """Why the file cannot be trusted; read without mapping it."""
         try:
+            self._listed = sound_records(self._path / "data.mdb")
+            if self._listed is not None:
+                return None
             problems = lmdb.verify.verify(str(self._path))  # type: ignore[no-untyped-call]
         except (lmdb.verify.VerifyError, OSError, ValueError, struct.error) as error:
             return str(error)
@@ -225,7 +214,7 @@ class Catalogue:
             found.clear()
             for record in records:
                 value = transaction.get(record.slot.to_bytes(4, "little"))
-                if value is None or _names(value, record.label):
+                if value is None or names(value, record.label):
                     found.append(record)
 
         self._transact(work)
@@ -253,6 +242,11 @@ class Catalogue:
 
         self._transact(work)
         reach("slab.emptied")
+
+    def take_listed(self) -> Piece | None:
+        """All records as they were when `open` checked the file, once; None: ask for `pieces`."""
+        listed, self._listed = self._listed, None
+        return listed
 
     def pieces(self, count: int) -> Generator[tuple[bytes, array[int], bytes], None, None]:
         """All records in the order of their slots, so many at a time: keys, lengths of values,
@@ -321,14 +315,3 @@ class Catalogue:
             self._files.replace(self._clean, b"")
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
-
-
-def _names(value: bytes, label: SlotLabel) -> bool:
-    """Whether a stored record is of this block, and of this writing of it if that is known."""
-    if len(value) < KEY_AT:
-        return True
-    _, _, _, namespace, shard, _, _, key_length, _ = KIND.unpack_from(value, KIND_AT)
-    stored = (namespace, shard, value[KEY_AT : KEY_AT + key_length])
-    generation = RECORD.unpack_from(value)[4]
-    same = stored == (label.namespace, label.shard, label.key)
-    return same and label.generation in (0, generation)

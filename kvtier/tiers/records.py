@@ -20,15 +20,21 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, Codec, Fidelity, SlotLabel
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotLabel
 from kvtier.tiers.base import SlotRecord
-from kvtier.tiers.catalogue import KEY_AT, KIND, KIND_AT, RECORD
+from kvtier.tiers.packing import (
+    CODECS,
+    FIDELITIES,
+    KEY_AT,
+    KIND,
+    KIND_AT,
+    RECORD,
+    unpack_record,
+)
 
 STRETCH_BLOCKS_MAX: Final = 512
 KEY_BYTES_MAX: Final = 64
 _KEPT, _DAMAGED, _DROPPED, _STALE = range(4)
-CODECS: Final = {int(codec): codec for codec in Codec}
-FIDELITIES: Final = {int(fidelity): fidelity for fidelity in Fidelity}
 
 
 class Piece(NamedTuple):
@@ -36,7 +42,7 @@ class Piece(NamedTuple):
 
     keys: bytes
     lengths: array[int]
-    values: bytes
+    values: bytes | memoryview  # writable, if it is a view: only such ones have an address
 
 
 class Shape(NamedTuple):
@@ -116,24 +122,11 @@ class Found:
         return f"<Found {self.block_count} blocks in {len(self.heads)} stretches>"
 
 
-def unpack_record(value: bytes) -> SlotRecord:
-    """The record whose value this is; its checksum is the caller's affair."""
-    _, slot, position, checksum, generation = RECORD.unpack_from(value)
-    kind = KIND.unpack_from(value, KIND_AT)
-    slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_length, parent = kind
-    key_end = KEY_AT + key_length
-    label = SlotLabel(
-        namespace, epoch, value[KEY_AT:key_end], value[key_end : key_end + parent], position, shard,
-        size_bytes, checksum, CODECS[codec], FIDELITIES[fidelity], generation,
-    )  # fmt: skip
-    return SlotRecord(slot, slot_bytes, label)
-
-
 def items(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Key and value of each record."""
     ends = accumulate(piece.lengths)
     for key, length, end in zip(array("I", piece.keys), piece.lengths, ends, strict=True):
-        yield key, piece.values[end - length : end]
+        yield key, bytes(piece.values[end - length : end])
 
 
 def slot_count(segment_bytes: int, slot_bytes: int) -> int:

@@ -18,8 +18,9 @@ from kvtier.block import NamespaceSpec, SegmentPlan
 from kvtier.errors import DaemonUnavailable, KvTierError
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.arrange import arrange
-from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged, pack_record
+from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged
 from kvtier.tiers.identity import Identity
+from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found, Piece, Shape
 from kvtier.tiers.slab import Slab
 from kvtier.tiers.state import Names, NamespaceBook
@@ -73,15 +74,23 @@ def _read(
 ) -> Found:
     if not catalogue.open():
         _rebuild(catalogue, slabs, stopping)
+    listed = catalogue.take_listed()
+    _go_on(stopping)
+    pieces = _pieces(catalogue, stopping) if listed is None else [listed]
+    reach("recover.records")
+    cuts = [(slab.slot_bytes, slab.cut_generation) for slab in slabs]
+    return arrange(pieces, cuts, plan.size_bytes, _shapes(names, plan))
+
+
+def _pieces(catalogue: Catalogue, stopping: Callable[[], bool]) -> list[Piece]:
+    """Where the records were not taken from the file itself."""
     pieces: list[Piece] = []
     with closing(catalogue.pieces(_PIECE_RECORDS)) as listed:
         for piece in listed:
             _go_on(stopping)
             pieces.append(Piece(*piece))
             time.sleep(0)  # whoever waits for the interpreter gets it now, not half a ms later
-    reach("recover.records")
-    cuts = [(slab.slot_bytes, slab.cut_generation) for slab in slabs]
-    return arrange(pieces, cuts, plan.size_bytes, _shapes(names, plan))
+    return pieces
 
 
 def _go_on(stopping: Callable[[], bool]) -> None:

@@ -28,10 +28,11 @@ from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, 
 from kvtier.errors import BlockCorrupt, InvariantViolated, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, TierCounts
-from kvtier.tiers.catalogue import Catalogue, pack_record
+from kvtier.tiers.catalogue import Catalogue
 from kvtier.tiers.dram import add_counts
 from kvtier.tiers.files import Files
 from kvtier.tiers.identity import Identity
+from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found
 from kvtier.tiers.recovery import newest_in_slabs, open_slabs, read_catalogue
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays

@@ -16,7 +16,7 @@ from kvtier import native
 from kvtier.block import SLOT_BITS, SlotLabel
 from kvtier.tiers.arrange import arrange
 from kvtier.tiers.base import SlotRecord
-from kvtier.tiers.catalogue import pack_record
+from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import STRETCH_BLOCKS_MAX, Arranger, Found, Piece, Shape
 
 A, B = b"a" * 16, b"b" * 16

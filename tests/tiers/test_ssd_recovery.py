@@ -338,11 +338,11 @@ def test_a_stop_meanwhile_is_no_damage(left: Path) -> None:
 def test_it_can_be_tried_again(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = SsdTier(left, 3, MIB, min_free_bytes=0)
 
-    def fails(_: object) -> None:
+    def fails(*_: object) -> None:
         raise TierFailed("planned")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tier._catalogue, "pieces", fails)
+        patch.setattr("kvtier.tiers.recovery.arrange", fails)
         for _ in range(2):
             with pytest.raises(TierFailed, match="planned"):
                 tier.recover()

@@ -63,7 +63,24 @@ KVT_EXPORT int32_t kvt_slots_read(size_t n, const int32_t fd[], const uint64_t o
 // signal. Some pages may have been populated when it fails.
 KVT_EXPORT int32_t kvt_prefault(void* ptr, uint64_t len, int32_t* err);
 
-// --- catalogue records (kvtier/tiers/catalogue.py describes their bytes)
+// --- the catalogue's file and its records (kvtier/tiers/catalogue.py describes their bytes)
+
+// An LMDB data file, whole in memory; entries and value_bytes are filled in: of its database "slots".
+struct KvtPages {
+  const uint8_t* file;
+  uint64_t size;
+  uint64_t entries;
+  uint64_t value_bytes;
+};
+
+// Returns 0 when LMDB can map the file without harm (lmdb.verify would find nothing), EILSEQ when
+// that is not sure, ENOMEM.
+KVT_EXPORT int32_t kvt_pages_check(struct KvtPages* pages);
+
+// As kvt_pages_check, after it and with the same bytes: also gives all keys (u32) and values of
+// "slots" in order, into memory for `entries` keys, as many lengths, and `value_bytes` bytes.
+KVT_EXPORT int32_t kvt_pages_list(struct KvtPages* pages, uint32_t keys[], uint32_t lengths[],
+                                  uint8_t values[]);
 
 #define KVT_KEY_BYTES_MAX 64
 #define KVT_STRETCH_BLOCKS_MAX 512
