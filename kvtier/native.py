@@ -33,6 +33,7 @@ ABI_VERSION: Final = 2
 
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; not in the mmap module of Python 3.11
 _IOVECS_MAX: Final = 1024
+_LET_GO_BYTES: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class AlignedBuffer:
 
     def close(self) -> None:
         """Gives the memory back. Raises BufferError while a slice of `view` is still in use."""
+        let_go(self.view)
         self.view.release()
         self._map.close()
 
@@ -72,6 +74,16 @@ class AlignedBuffer:
 
     def __repr__(self) -> str:
         return f"<AlignedBuffer {self.size_bytes} bytes at {self.address:#x}>"
+
+
+def let_go(view: memoryview) -> None:
+    """Gives the memory of an AlignedBuffer back; what it held is gone, zeros are read. A part at a
+    time: all at once, a large one would keep everybody from running for tens of milliseconds.
+    """
+    memory = view.obj
+    if isinstance(memory, mmap.mmap):
+        for start in range(0, len(memory), _LET_GO_BYTES):
+            memory.madvise(mmap.MADV_DONTNEED, start, min(_LET_GO_BYTES, len(memory) - start))
 
 
 def capabilities() -> Capabilities:

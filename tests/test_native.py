@@ -39,7 +39,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         return
     if not isinstance(native._backend, native._Library):
         pytest.skip(f"no native library: {native.capabilities().reason}")
-    library = native._backend._library
+    library = native._backend.library
     best = native.capabilities().isa
     error = library.kvt_select_isa(name.encode())
     if error:

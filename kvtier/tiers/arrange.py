@@ -72,33 +72,31 @@ def _arrange_natively(
         kept.append(column)
         return column.buffer_info()[0]
 
-    def text(content: bytes | memoryview) -> int:
+    def at(content: bytes | array[int] | memoryview) -> int:
         kept.append(content)
-        if isinstance(content, memoryview):
-            return ctypes.addressof(ctypes.c_char.from_buffer(content)) if len(content) else 0
-        return ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value or 0
+        return _address(content)
 
     digests = sorted(shapes)
     ordered = [shapes[digest] for digest in digests]
     total = sum(len(piece.lengths) for piece in pieces)
     verdicts = bytearray(total)
-    # Untouched pages of these two cost nothing.
-    keys = native.AlignedBuffer(total * KEY_BYTES_MAX or 1)
-    stretches = native.AlignedBuffer(total * _STRETCH.size or 1)
-    slots, checksums = array("I", bytes(4 * total)), array("Q", bytes(8 * total))
+    # Untouched pages of these cost nothing.
+    keys, stretches, slots, checksums = (
+        native.AlignedBuffer(total * size or 8) for size in (KEY_BYTES_MAX, _STRETCH.size, 4, 8)
+    )
     key_sizes = array("Q", bytes(8 * len(digests)))
     given = _RecordsStruct(
         pieces=len(pieces),
         piece_count=words([len(piece.lengths) for piece in pieces]),
-        stored_key=words([text(piece.keys) for piece in pieces]),
-        value_len=words([piece.lengths.buffer_info()[0] for piece in pieces]),
-        value=words([text(piece.values) for piece in pieces]),
+        stored_key=words([at(piece.keys) for piece in pieces]),
+        value_len=words([at(piece.lengths) for piece in pieces]),
+        value=words([at(piece.values) for piece in pieces]),
         segments=len(cuts),
         slot_bytes=words([slot_bytes for slot_bytes, _ in cuts]),
         generation_min=words([generation for _, generation in cuts]),
         slot_count=words([slot_count(segment_bytes, slot_bytes) for slot_bytes, _ in cuts]),
         spaces=len(digests),
-        digest=text(b"".join(digests)),
+        digest=at(b"".join(digests)),
         epoch=words([shape.epoch for shape in ordered]),
         space_slot_bytes=words([shape.slot_bytes for shape in ordered]),
         space_size=words([shape.size_bytes for shape in ordered]),
@@ -108,8 +106,8 @@ def _arrange_natively(
         fidelities=sum(1 << fidelity for fidelity in FIDELITIES),
         verdict=_address(verdicts),
         keys=keys.address,
-        slots=slots.buffer_info()[0],
-        checksums=checksums.buffer_info()[0],
+        slots=slots.address,
+        checksums=checksums.address,
         stretches=stretches.address,
         key_size=key_sizes.buffer_info()[0],
     )
@@ -122,11 +120,16 @@ def _arrange_natively(
         )
     ]
     sizes = dict(zip(digests, key_sizes, strict=True))
+    stretches.close()
     return judged(pieces, verdicts, Found(
         given.block_count, given.generation_max, 0, [], [], heads, sizes, shapes,
-        keys.view, slots, checksums,
+        keys.view, slots.view.cast("I"), checksums.view.cast("Q"),
     ))  # fmt: skip
 
 
-def _address(memory: bytearray) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory)) if memory else 0
+def _address(memory: bytes | bytearray | array[int] | memoryview) -> int:
+    if isinstance(memory, array):
+        return memory.buffer_info()[0]
+    if isinstance(memory, bytes):
+        return ctypes.cast(ctypes.c_char_p(memory), ctypes.c_void_p).value or 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory)) if len(memory) else 0

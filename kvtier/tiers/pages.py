@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from array import array
 from pathlib import Path
 from typing import Final
 
@@ -56,10 +55,14 @@ def _read(fd: int, into: memoryview) -> bool:
 def _list(library: ctypes.CDLL, pages: _PagesStruct) -> Piece | None:
     if library.kvt_pages_check(ctypes.byref(pages)):
         return None
-    entries = int(pages.entries)
-    keys, lengths = array("I", bytes(4 * entries)), array("I", bytes(4 * entries))
-    values = native.AlignedBuffer(int(pages.value_bytes) or 1)
-    into = [ctypes.c_void_p(a.buffer_info()[0]) for a in (keys, lengths)]
-    if library.kvt_pages_list(ctypes.byref(pages), *into, ctypes.c_void_p(values.address)):
+    entries, value_bytes = int(pages.entries), int(pages.value_bytes)
+    sizes = 4 * entries, 4 * entries, value_bytes
+    keys, lengths, values = (native.AlignedBuffer(size or 4) for size in sizes)
+    into = [ctypes.c_void_p(memory.address) for memory in (keys, lengths, values)]
+    if library.kvt_pages_list(ctypes.byref(pages), *into):
         return None
-    return Piece(keys.tobytes(), lengths, values.view[: int(pages.value_bytes)])
+    return Piece(
+        keys.view[: 4 * entries],
+        lengths.view[: 4 * entries].cast("I"),
+        values.view[:value_bytes],
+    )

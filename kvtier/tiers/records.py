@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
+from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotLabel
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.packing import (
@@ -40,9 +41,10 @@ _KEPT, _DAMAGED, _DROPPED, _STALE = range(4)
 class Piece(NamedTuple):
     """Records in the order of their keys: keys, lengths of values, values one after another."""
 
-    keys: bytes
-    lengths: array[int]
-    values: bytes | memoryview  # writable, if it is a view: only such ones have an address
+    # Views are of an AlignedBuffer: only such memory has an address.
+    keys: bytes | memoryview
+    lengths: array[int] | memoryview
+    values: bytes | memoryview
 
 
 class Shape(NamedTuple):
@@ -85,8 +87,8 @@ class Found:
     key_sizes: dict[bytes, int] = field(default_factory=dict)
     shapes: Mapping[bytes, Shape] = field(default_factory=dict)  # those asked for
     keys: bytes | bytearray | memoryview = b""
-    slots: array[int] = field(default_factory=lambda: array("I"))
-    checksums: array[int] = field(default_factory=lambda: array("Q"))
+    slots: array[int] | memoryview = field(default_factory=lambda: array("I"))
+    checksums: array[int] | memoryview = field(default_factory=lambda: array("Q"))
     pieces: Sequence[Piece] = ()
     verdicts: bytes | bytearray = b""
 
@@ -102,8 +104,8 @@ class Found:
                 position,
                 key_size,
                 bytes(self.keys[key_at:key_end]),
-                self.slots[slot_at:slot_end],
-                self.checksums[slot_at:slot_end],
+                array("I", self.slots[slot_at:slot_end]),
+                array("Q", self.checksums[slot_at:slot_end]),
             )
             key_at, slot_at = key_end, slot_end
 
@@ -118,6 +120,19 @@ class Found:
                 if next(verdicts) == _KEPT:
                     yield unpack_record(value)
 
+    def let_go(self) -> None:
+        """Gives the memory of all of it back; it is of no use then. Worker thread."""
+        parts = [
+            self.keys,
+            self.slots,
+            self.checksums,
+            *(p for piece in self.pieces for p in piece),
+        ]
+        self.keys, self.slots, self.checksums, self.pieces = b"", array("I"), array("Q"), ()
+        for part in parts:
+            if isinstance(part, memoryview):
+                native.let_go(part)
+
     def __repr__(self) -> str:
         return f"<Found {self.block_count} blocks in {len(self.heads)} stretches>"
 
@@ -125,8 +140,12 @@ class Found:
 def items(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Key and value of each record."""
     ends = accumulate(piece.lengths)
-    for key, length, end in zip(array("I", piece.keys), piece.lengths, ends, strict=True):
+    for key, length, end in zip(_numbers(piece.keys), piece.lengths, ends, strict=True):
         yield key, bytes(piece.values[end - length : end])
+
+
+def _numbers(keys: bytes | memoryview) -> memoryview:
+    return memoryview(keys).cast("I")
 
 
 def slot_count(segment_bytes: int, slot_bytes: int) -> int:
@@ -146,7 +165,7 @@ def judged(pieces: Sequence[Piece], verdicts: bytearray, found: Found) -> Found:
         for piece in pieces:
             part = verdicts[start : start + len(piece.lengths)]
             if any(part):
-                judged = list(zip(array("I", piece.keys), part, strict=True))
+                judged = list(zip(_numbers(piece.keys), part, strict=True))
                 found.stale.extend(slot for slot, verdict in judged if verdict == _STALE)
                 found.dropped.extend(
                     slot for slot, verdict in judged if verdict in (_DAMAGED, _DROPPED)
@@ -171,6 +190,7 @@ class Arranger:
         self._records: dict[int, SlotRecord] = {}
         self._blocks: dict[tuple[bytes, bytes], _Block] = {}
         self._found = Found(shapes=shapes)
+        self._slots, self._checksums = array("I"), array("Q")
 
     def run(self) -> Found:
         every = (item for piece in self._pieces for item in items(piece))
@@ -277,6 +297,7 @@ class Arranger:
                     (label.namespace, len(keys) - first, label.position, label.parent)
                 )
         self._found.keys, self._found.block_count = b"".join(keys), len(keys)
+        self._found.slots, self._found.checksums = self._slots, self._checksums
         for name in self._blocks.keys() - placed:
             for index in self._blocks[name].values():
                 self._drop(index)
@@ -288,5 +309,5 @@ class Arranger:
         block = self._blocks[name]
         for shard in range(len(block)):
             record = self._records[block[shard]]
-            self._found.slots.append(record.slot)
-            self._found.checksums.append(record.label.checksum)
+            self._slots.append(record.slot)
+            self._checksums.append(record.label.checksum)
