@@ -17,6 +17,9 @@ from kvtier import native
 from kvtier.tiers.pages import sound_records
 
 MAP_BYTES = 64 << 20
+pytestmark = pytest.mark.skipif(
+    native.library() is None, reason=f"no library: {native.capabilities().reason}"
+)
 
 
 def filled(directory: Path, count: int, *, deleted: int = 0, turns: int = 1, seed: int = 1) -> Path:
