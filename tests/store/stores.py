@@ -28,6 +28,7 @@ from kvtier.block import (
     SlotTable,
 )
 from kvtier.config import Config
+from kvtier.errors import TierFailed
 from kvtier.sections import (
     DramConfig,
     LimitsConfig,
@@ -158,10 +159,16 @@ class Node:
         self.closed = False
 
     async def open(self, *, recovered: bool = True) -> Node:
-        """With `recovered` it waits until the SSD tier is back."""
+        """With `recovered` it waits until the SSD tier is back. Raises TierFailed when it is not;
+        then nothing is open.
+        """
         await self.start()
         if recovered:
-            await self.recovered()
+            try:
+                await self.recovered()
+            except TierFailed:
+                await self.close()
+                raise
         return self
 
     async def recovered(self) -> None:
