@@ -29,7 +29,7 @@ import xxhash
 from kvtier.errors import DeviceUnavailable
 
 HEADER_BYTES: Final = 4096
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; not in the mmap module of Python 3.11
 _IOVECS_MAX: Final = 1024

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVT_ABI_VERSION 2
+#define KVT_ABI_VERSION 3
 #define KVT_HEADER_BYTES 4096
 #define KVT_EXPORT __attribute__((visibility("default")))
 
@@ -63,22 +63,54 @@ KVT_EXPORT int32_t kvt_slots_read(size_t n, const int32_t fd[], const uint64_t o
 // signal. Some pages may have been populated when it fails.
 KVT_EXPORT int32_t kvt_prefault(void* ptr, uint64_t len, int32_t* err);
 
+// --- the end of this process
+
+#define KVT_SIGNAL_BYTES 16
+
+// From now on a SIGBUS, SIGSEGV or SIGABRT first writes KVT_SIGNAL_BYTES to fd at offset: its number
+// u32, all bits of that inverted, seconds since 1970 u64; then it does what it did before. Returns 0
+// or errno. The exception to the rules above: one place for the whole process; call it from one
+// thread, and not while another thread may die of such a signal.
+KVT_EXPORT int32_t kvt_signals_record(int32_t fd, uint64_t offset);
+
+// Ends that. Signals do what they did before, unless someone else has taken them over since.
+KVT_EXPORT void kvt_signals_leave(void);
+
 // --- the catalogue's file and its records (kvtier/tiers/catalogue.py describes their bytes)
 
-// An LMDB data file, whole in memory; entries and value_bytes are filled in: of its database "slots".
+// What is wrong with a data file (kvt_pages.problem), at page kvt_pages.page.
+#define KVT_PAGES_SHORT 1     // the file ends before it
+#define KVT_PAGES_META 2      // no meta page of ours, or not of its turn
+#define KVT_PAGES_LAST 3      // the last page's number is beyond belief
+#define KVT_PAGES_DATABASE 4  // the record of a database there: flags, depth
+#define KVT_PAGES_RANGE 5     // names a page that there cannot be
+#define KVT_PAGES_TWICE 6     // used, or free, more than once
+#define KVT_PAGES_HEADER 7    // its number, type or bounds
+#define KVT_PAGES_NODES 8     // nodes do not lie in it one after another
+#define KVT_PAGES_KEYS 9      // a key's form, order, or place among the separators above
+#define KVT_PAGES_VALUE 10    // a value of a kind that is not written there
+#define KVT_PAGES_FREE 11     // a list of free pages
+#define KVT_PAGES_RECORD 12   // a record's checksum
+#define KVT_PAGES_COUNTS 13   // a database there has other counts than its record says
+#define KVT_PAGES_LEAKED 14   // neither used nor free
+
+// An LMDB data file, whole in memory; the rest is filled in: entries and value_bytes of its database
+// "slots", or the first problem.
 struct KvtPages {
   const uint8_t* file;
   uint64_t size;
   uint64_t entries;
   uint64_t value_bytes;
+  uint64_t problem;
+  uint64_t page;
 };
 
-// Returns 0 when LMDB can map the file without harm (lmdb.verify would find nothing), EILSEQ when
-// that is not sure, ENOMEM.
+// Returns 0 when LMDB can map, read and write the file without harm and every record has its
+// checksum (an empty file: a new one), EILSEQ when not, ENOMEM.
 KVT_EXPORT int32_t kvt_pages_check(struct KvtPages* pages);
 
-// As kvt_pages_check, after it and with the same bytes: also gives all keys (u32) and values of
-// "slots" in order, into memory for `entries` keys, as many lengths, and `value_bytes` bytes.
+// After kvt_pages_check, with the same bytes: gives all keys (u32) and values of "slots" in order,
+// into memory for `entries` keys, as many lengths, and `value_bytes` bytes.
 KVT_EXPORT int32_t kvt_pages_list(struct KvtPages* pages, uint32_t keys[], uint32_t lengths[],
                                   uint8_t values[]);
 
