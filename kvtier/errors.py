@@ -83,7 +83,7 @@ class BlocksGone(KvTierError):
 
 
 class VersionMismatch(KvTierError):
-    """Client and daemon, or daemon and state directory, speak versions that do not meet."""
+    """Client and daemon speak versions that do not meet."""
 
     grpc_code = "FAILED_PRECONDITION"
     reason = "VERSION_MISMATCH"

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from pathlib import Path
 from typing import Final
 
 from kvtier import machine, native
-from kvtier.errors import DeviceUnavailable, TierFailed, VersionMismatch
+from kvtier.errors import DeviceUnavailable, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.files import Files
+from kvtier.tiers.versions import settle
+from kvtier.units import PAGE_BYTES
 
 STATE_VERSION: Final = (1, 0)  # (major, minor); another major is another layout
 Names = dict[bytes, tuple[int, bytes]]  # digest -> epoch, descriptor
@@ -24,24 +27,24 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_directory(files: Files, directory: Path) -> None:
-    """Makes the state directory, 0700, and checks its version before anything is touched.
+    """Makes the state directory, 0700, and whatever of it is of our version, at any moment known as
+    that: state of another major version is set aside, state of ours that was is back.
 
     Raises:
-        VersionMismatch: it is of a newer version. DeviceUnavailable: it cannot be made or read.
+        DeviceUnavailable: it cannot be made or read.
     """
     version = directory / "VERSION"
+    major, minor = STATE_VERSION
     try:
-        known = version.exists() and _read_version(version)
-        if known and known[0] > STATE_VERSION[0]:
-            raise VersionMismatch(
-                f"state directory {directory} is of a newer version (VERSION says "
-                f"{known[0]}.{known[1]}, this kvtier knows {STATE_VERSION[0]}); use that kvtier, "
-                "or another state.dir"
-            )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        known = _read_version(version) if version.exists() else None
+        # A damaged VERSION is no other version: what lies beside it is taken for ours.
+        found = known[0] if known else major if version.exists() else None
+        is_ours = settle(files, directory, found, major)
         (directory / "slabs").mkdir(mode=0o700, exist_ok=True)
-        if not known:
-            text = b"%d.%d" % STATE_VERSION
+        # A newer minor version stays what it is.
+        if not is_ours or _read_version(version) is None:
+            text = b"%d.%d" % (major, minor)
             files.replace(version, b"%s %016x\n" % (text, native.checksum_bytes(text)))
     except OSError as error:
         raise DeviceUnavailable(
@@ -82,6 +85,19 @@ def choose_direct_io(directory: Path, wish: str) -> bool:
         )
     logger.warning("%s lies on %s without O_DIRECT: using the page cache", directory, kind)
     return False
+
+
+def prove(files: Files, directory: Path) -> None:
+    """Writes, syncs and reads back a small file there. Raises TierFailed."""
+    path = directory / "probe"
+    content = os.urandom(PAGE_BYTES)
+    try:
+        files.replace(path, content)
+        if path.read_bytes() != content:
+            raise TierFailed(f"{path}: what was read is not what was written")
+        files.unlink(path)
+    except OSError as error:
+        raise TierFailed(f"{path}: {error.strerror or error}") from error
 
 
 class NamespaceBook:

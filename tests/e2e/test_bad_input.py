@@ -10,7 +10,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,7 +44,6 @@ from kvtier.errors import (
     ReservationExpired,
     TierFull,
     Unauthenticated,
-    VersionMismatch,
 )
 from kvtier.v1 import cache_pb2
 
@@ -504,32 +502,6 @@ def test_ssd_full(start: Start) -> None:
 
 
 # --- the daemon's own input
-
-
-def test_state_directory_of_a_newer_version(start: Start) -> None:
-    daemon = start()
-    with Client(daemon.socket, deadline_s=5) as client:
-        stored(client.open_namespace(model="m", format=FORMAT), KEPT)
-    assert daemon.stop() == 0
-    version = daemon.folder / "state" / "ssd" / "VERSION"
-    ours = version.read_text()
-    version.write_text("9.0\n")
-    before = contents(daemon.folder / "state" / "ssd")
-    assert daemon.launch().process.wait(20) == VersionMismatch.exit_status
-    assert "newer version" in daemon.log
-    assert "use that kvtier, or another state.dir" in daemon.log
-    assert not daemon.socket.exists()
-    assert contents(daemon.folder / "state" / "ssd") == before
-    version.write_text(ours)
-    daemon.start()
-    with Client(daemon.socket, deadline_s=5) as client:
-        assert holds(client.open_namespace(model="m", format=FORMAT), KEPT)
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.parametrize(
