@@ -12,7 +12,7 @@ from bench.row import Row
 from kvtier.units import KIB, MIB
 
 NAME: Final = "idle"
-_IMPORTS: Final = "import uvloop, grpc.aio, lmdb, lmdb.verify, xxhash, google.rpc.status_pb2"
+_IMPORTS: Final = "import uvloop, grpc.aio, lmdb, xxhash, google.rpc.status_pb2"
 
 
 def run(*, quick: bool) -> list[Row]:

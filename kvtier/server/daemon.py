@@ -116,6 +116,7 @@ async def build_store(config: Config) -> Store:
                 ssd.segment_bytes - SLAB_RESERVED_BYTES,  # a slab file is a segment's size
                 direct_io=ssd.direct_io,
                 min_free_bytes=ssd.min_free_bytes,
+                record_crashes=True,
             )
         return await Store.open(config, dram=dram_tier, ssd=ssd_tier, clock=SystemClock())
     except BaseException:

@@ -8,9 +8,11 @@ number: LMDB itself returned 132 of 150 flipped bits as good content (reliabilit
                                             \--> damaged: set aside under a dated name, rebuild
 
 Damage that LMDB finds only when it reads is `CatalogueDamaged`: `set_aside`, `open` again, rebuild.
+Later it says so until a restart: the pages of a map that is in use cannot be checked.
 
 `metasync=False` may undo the newest transaction in a power cut, never break one; `sync` ends that.
-Never `sync=False` or `writemap` (SIGBUS, torn trees).
+Never `sync=False` or `writemap` (SIGBUS, torn trees). A failed meta page write makes LMDB refuse
+everything: then the file is checked and opened again. A failed sync is final until `renew`.
 
 Does not: touch slabs, or know what is durable in them: callers write those first.
 """
@@ -18,8 +20,7 @@ Does not: touch slabs, or know what is durable in them: callers write those firs
 from __future__ import annotations
 
 import logging
-import shutil
-import struct
+import mmap
 import threading
 import time
 from array import array
@@ -29,31 +30,36 @@ from pathlib import Path
 from typing import Final
 
 import lmdb
-import lmdb.verify
 
 from kvtier.block import SLOT_BITS
 from kvtier.errors import TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.evidence import set_aside
 from kvtier.tiers.files import Files
 from kvtier.tiers.packing import names
-from kvtier.tiers.pages import sound_records
+from kvtier.tiers.page_checks import Damage
+from kvtier.tiers.pages import check_file
 from kvtier.tiers.records import Piece
 from kvtier.tiers.shared import Shared
-from kvtier.units import GIB, KIB, MIB
+from kvtier.units import GIB, KIB, MIB, format_bytes
 
-_COMPLETE: Final = b"complete"  # in the main database, beside the one of slots
+# In the main database, beside the one of slots.
+_COMPLETE: Final = b"complete"
+_RENEWED: Final = b"renewed"
 _MAP_BYTES_MIN: Final = 64 * MIB
 _MAP_BYTES_MAX: Final = 256 * GIB  # address space, not memory
 _BLOCK_BYTES_GUESS: Final = 64 * KIB  # a guess of the smallest common slot; the map grows if wrong
 _RECORD_BYTES_GUESS: Final = 512
-
-_SET_ASIDE_MAX: Final = 3  # copies kept as evidence; the oldest goes first
+_DELETES_BYTES: Final = 16 * MIB  # of the map, for those only: deleting writes pages anew, too
+_MAP_FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 # What LMDB says of a file that is not what it wrote.
 _DAMAGE: Final = (
     lmdb.BadDbiError, lmdb.BadTxnError, lmdb.CorruptedError, lmdb.InvalidError,
     lmdb.PageNotFoundError, lmdb.PanicError, lmdb.VersionMismatchError, lmdb.IncompatibleError,
 )  # fmt: skip
+
+Work = Callable[["lmdb.Transaction[bytes]"], object]
 
 logger = logging.getLogger(__name__)
 
@@ -71,34 +77,49 @@ class Catalogue:
         self._clean = directory / "clean"
         wanted = capacity_bytes // _BLOCK_BYTES_GUESS * _RECORD_BYTES_GUESS
         self._map_bytes = min(max(wanted, _MAP_BYTES_MIN), _MAP_BYTES_MAX)
+        self._map_bytes_max = _MAP_BYTES_MAX
+        # Whoever closes the environment holds both, the first one first. A sync takes its own
+        # only: transactions go on meanwhile.
+        self._sync_lock = threading.RLock()
         self._lock = threading.Lock()
         self._env: lmdb.Environment | None = None
         self._syncs = Shared(self._sync)
         self._unsynced: TierFailed | None = None
+        # A transaction failed: the meta page of the one before may have been lost with it.
+        self._doubtful = False
         self._listed: Piece | None = None
+        self._distrust = ""
+        self.set_aside_count = 0
+
+    def distrust(self, reason: str) -> None:
+        """The next `open` sets the file aside, whatever its pages look like."""
+        self._distrust = reason
 
     def open(self) -> bool:
         """Opens it; False when slabs must be scanned to fill it, followed by `complete`."""
-        fresh = not (self._path / "data.mdb").exists()
-        if not fresh:
-            # Also after a clean end: what rots, rots in silence, and a torn page kills the process.
-            problem = self._problem() or self._try_open()
-            if problem is not None:
-                self.set_aside(problem)
-                fresh = True
-        if fresh:
-            self._listed = None
-            self._forget_clean()
-            problem = self._try_open()
-            if problem is not None:
-                raise TierFailed(f"{self._path}: {problem}")
-        else:
-            self._forget_clean()
+        exists = (self._path / "data.mdb").exists()
+        # Also after a clean end: what rots, rots in silence, and a torn page kills the process.
+        problem = self._distrust or (self._problem() if exists else None)
+        self._distrust = ""
+        self._forget_clean()
+        try:
+            if exists and problem:
+                raise CatalogueDamaged(problem)
+            found = self._open_env()
+        except CatalogueDamaged as error:
+            self.set_aside(str(error))
+            found = self._open_env()
         reach("recover.catalogue")
+        if not found:
+            self._listed = None
+        return found
+
+    def _open_env(self) -> bool:
+        """Whether the file is complete."""
+        with self._sync_lock, self._lock:
+            self._env = self._opened()
         found: list[bytes | None] = []
         self._transact(lambda txn: found.append(txn.get(_COMPLETE, db=self._main)))
-        if found[-1] is None:
-            self._listed = None
         return found[-1] is not None
 
     def complete(self) -> None:
@@ -109,16 +130,19 @@ class Catalogue:
 
     def _problem(self) -> str | None:
         """Why the file cannot be trusted; read without mapping it."""
+        self._listed = None
         try:
-            self._listed = sound_records(self._path / "data.mdb")
-            if self._listed is not None:
-                return None
-            problems = lmdb.verify.verify(str(self._path))  # type: ignore[no-untyped-call]
-        except (lmdb.verify.VerifyError, OSError, ValueError, struct.error) as error:
-            return str(error)
-        return str(problems[0]) if problems else None
+            found = check_file(self._path / "data.mdb")
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+        if isinstance(found, Damage):
+            return str(found)
+        self._listed = found
+        return None
 
-    def _try_open(self) -> str | None:
+    def _opened(self) -> lmdb.Environment:
+        """Raises CatalogueDamaged, or TierFailed: it is not the file that is wrong."""
+        env: lmdb.Environment | None = None
         try:
             self._path.mkdir(mode=0o700, exist_ok=True)
             size = self._path / "data.mdb"
@@ -132,33 +156,26 @@ class Catalogue:
             self._db = env.open_db(b"slots", integerkey=True)
             env.reader_check()
         except (lmdb.Error, OSError) as error:
-            return str(error)
-        self._env = env
-        return None
+            if env is not None:
+                env.close()
+            if isinstance(error, _DAMAGE):
+                raise CatalogueDamaged(f"{self._path}: {error}") from error
+            raise TierFailed(f"{self._path}: {error}") from error
+        return env
 
     def set_aside(self, problem: str) -> None:
         """Moves the damaged files out of the way, as evidence; `open` then starts an empty one."""
-        if self._env is not None:
-            self._env.close()
-            self._env = None
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        target = self._path.with_name(f"catalogue.damaged-{stamp}")
-        for number in range(1, 1000):
-            if not target.exists():
-                break
-            target = self._path.with_name(f"catalogue.damaged-{stamp}-{number}")
-        logger.error(
-            "%s is damaged (%s): set aside as %s, rebuilding from slabs",
-            self._path, problem, target.name,
-        )  # fmt: skip
+        self.abandon()
+        self._listed = None
         try:
-            reach("aside.begin")
-            self._files.rename(self._path, target)
-            reach("aside.done")
-            for old in sorted(target.parent.glob("catalogue.damaged-*"))[:-_SET_ASIDE_MAX]:
-                shutil.rmtree(old)
+            target = set_aside(self._files, self._path)
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
+        logger.error(
+            "%s is not believed (%s): set aside as %s, rebuilding from slabs",
+            self._path, problem, target.name,
+        )  # fmt: skip
+        self.set_aside_count += 1
 
     def _forget_clean(self) -> None:
         """From here until `close` an end of the process is an unclean one."""
@@ -169,30 +186,100 @@ class Catalogue:
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
-    def _transact(self, work: Callable[[lmdb.Transaction[bytes]], object]) -> None:
-        """`work` in one committed transaction, with a larger map if it needs one."""
+    def _transact(self, work: Work, *, beyond_bytes: int = 0) -> None:
+        """`work` in one committed transaction, with a larger map if it needs one (`beyond_bytes`
+        larger than the limit at most).
+        """
+        try:
+            self._attempt(work, beyond_bytes)
+        except lmdb.PanicError:
+            with self._sync_lock, self._lock:
+                self._doubtful = True
+                self._reopen()
+            try:
+                self._attempt(work, beyond_bytes)
+            except lmdb.PanicError as error:
+                raise TierFailed(f"{self._path}: {error}") from error
+
+    def _attempt(self, work: Work, beyond_bytes: int) -> None:
         with self._lock:
-            if self._env is None:
-                raise TierFailed(f"{self._path} is not open")
             while True:
+                if self._env is None:
+                    raise TierFailed(f"{self._path} is not open")
                 try:
                     reach("catalogue.begin")
                     with self._env.begin(write=True, db=self._db) as transaction:
                         work(transaction)
                     reach("catalogue.committed")
                     return
-                except lmdb.MapFullError as error:
-                    if self._map_bytes >= _MAP_BYTES_MAX:
-                        raise TierFailed(f"{self._path}: {error}") from error
-                    self._map_bytes *= 2
-                    self._env.set_mapsize(self._map_bytes)
+                except lmdb.MapFullError:
+                    self._grow(self._map_bytes_max + beyond_bytes)
+                except lmdb.PanicError:
+                    raise
                 except _DAMAGE as error:
-                    raise CatalogueDamaged(
-                        f"{self._path} is damaged ({error}): restart the daemon, it rebuilds the "
-                        "catalogue from slabs"
-                    ) from error
+                    raise CatalogueDamaged(self._restart(error)) from error
                 except lmdb.Error as error:
+                    self._doubtful = True
                     raise TierFailed(f"{self._path}: {error}") from error
+
+    def _restart(self, problem: object) -> str:
+        return (
+            f"{self._path} is damaged ({problem}): restart the daemon, it rebuilds the catalogue "
+            "from slabs"
+        )
+
+    def _grow(self, limit_bytes: int) -> None:
+        """A larger map, or TierFailed. Hold the lock, outside of a transaction."""
+        assert self._env is not None
+        wanted = min(self._map_bytes * 2, limit_bytes)
+        if wanted <= self._map_bytes:
+            raise TierFailed(
+                f"{self._path} is full at {format_bytes(self._map_bytes)}: no more blocks are "
+                "listed before some are evicted; lower tiers.ssd.size_bytes or store larger blocks"
+            )
+        try:
+            # Tried: LMDB lets go of the old map first, and is lost without the new one.
+            mmap.mmap(-1, wanted - self._map_bytes, _MAP_FLAGS, 0).close()
+            self._env.set_mapsize(wanted)
+        except (OSError, lmdb.Error) as error:
+            raise TierFailed(
+                f"{self._path}: no address space for a map of {format_bytes(wanted)} ({error}); "
+                "raise LimitAS= of the service (ulimit -v) or lower tiers.ssd.size_bytes"
+            ) from error
+        self._map_bytes = wanted
+
+    def _reopen(self) -> None:
+        """LMDB refuses everything until it is opened anew. Hold both locks. Raises TierFailed."""
+        logger.error("%s: LMDB gave up after a failed write: opened again", self._path)
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+        problem = self._problem()
+        self._listed = None
+        if problem is not None:
+            raise CatalogueDamaged(self._restart(problem))
+        self._env = self._opened()
+
+    def renew(self) -> None:
+        """After a failed sync, when the disk is well again: the file is checked, opened anew, and
+        all that it lists is durable. Raises TierFailed: it still fails, or is damaged.
+        """
+        with self._sync_lock, self._lock:
+            if self._unsynced is None:
+                return
+            self._reopen()
+            self._unsynced, self._doubtful = None, True
+        try:
+            self.sync()
+        except TierFailed as error:
+            self._unsynced = error
+            raise
+
+    def tend(self) -> None:
+        """Now and then: slots of readers that are gone are given back, lest the file grow."""
+        with self._lock:
+            if self._env is not None:
+                self._env.reader_check()
 
     def put(self, records: Iterable[tuple[bytes, bytes]]) -> None:
         """Stores packed records, all or none; those of the same slots are replaced."""
@@ -228,7 +315,7 @@ class Catalogue:
             for key in keys:
                 transaction.delete(key)
 
-        self._transact(work)
+        self._transact(work, beyond_bytes=_DELETES_BYTES)
 
     def delete_segment(self, segment: int) -> None:
         """No record of any slot of this segment, in one transaction."""
@@ -240,7 +327,7 @@ class Catalogue:
                 while found and int.from_bytes(cursor.key(), "little") < end:
                     found = cursor.delete()
 
-        self._transact(work)
+        self._transact(work, beyond_bytes=_DELETES_BYTES)
         reach("slab.emptied")
 
     def take_listed(self) -> Piece | None:
@@ -279,14 +366,21 @@ class Catalogue:
         self._syncs.run()
 
     def _sync(self) -> None:
-        with self._lock:
+        with self._sync_lock:
             if self._env is None:
                 return
             if self._unsynced is not None:
                 raise self._unsynced
+            if self._doubtful:
+                # This one's meta page says all that the lost one said.
+                number = time.time_ns().to_bytes(8, "little")
+                self._transact(lambda txn: txn.put(_RENEWED, number, db=self._main))
+                self._doubtful = False
+            env = self._env
             try:
                 reach("catalogue.sync")
-                self._env.sync(True)
+                if env is not None:
+                    env.sync(True)
                 reach("catalogue.synced")
             except lmdb.Error as error:
                 self._unsynced = TierFailed(
@@ -297,7 +391,7 @@ class Catalogue:
 
     def abandon(self) -> None:
         """Closes it as it is, without the clean marker: something is wrong with it. Idempotent."""
-        with self._lock:
+        with self._sync_lock, self._lock:
             if self._env is not None:
                 self._env.close()
                 self._env = None
@@ -306,11 +400,11 @@ class Catalogue:
         """Syncs, closes and, when all that went well, leaves the clean marker. Idempotent."""
         if self._env is None:
             return
-        self.sync()
-        with self._lock:
-            self._env.close()
-            self._env = None
-            reach("catalogue.closed")
+        try:
+            self.sync()
+        finally:
+            self.abandon()
+        reach("catalogue.closed")
         try:
             self._files.replace(self._clean, b"")
         except OSError as error:

@@ -23,12 +23,20 @@ from kvtier.tiers.identity import Identity
 from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found, Piece, Shape
 from kvtier.tiers.slab import Slab
+from kvtier.tiers.starts import Verdict
 from kvtier.tiers.state import Names, NamespaceBook
 
 T = TypeVar("T")
 _SCAN_THREADS: Final = 8
 _PIECE_RECORDS: Final = 512
 _PUT_RECORDS: Final = 1024  # of one transaction
+
+
+def obey(verdict: Verdict, catalogue: Catalogue) -> bool:
+    """After repeated crashes the catalogue is not believed; True: slabs neither."""
+    if verdict:
+        catalogue.distrust("repeated crashes")
+    return verdict is Verdict.NOTHING
 
 
 def open_slabs(slabs: Sequence[Slab], identity: Identity, book: NamespaceBook) -> None:

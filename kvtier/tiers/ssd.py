@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -34,10 +33,11 @@ from kvtier.tiers.files import Files
 from kvtier.tiers.identity import Identity
 from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found
-from kvtier.tiers.recovery import newest_in_slabs, open_slabs, read_catalogue
+from kvtier.tiers.recovery import newest_in_slabs, obey, open_slabs, read_catalogue
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
-from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory
+from kvtier.tiers.starts import StartLog
+from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory, prove
 from kvtier.tiers.wipes import Wipes
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
 
@@ -53,11 +53,11 @@ class SsdTier:
 
     On disk a segment takes `file_bytes` (slots and 64 KiB); `min_free_bytes` of the file system
     stay unused. `direct_io`: "auto", "off" or "require". `address`es that are no multiple of 4096,
-    and sizes that are none, cost a copy. Call `recover` once before anything else.
+    and sizes that are none, cost a copy. Call `recover` once before anything else. One tier of a
+    process may `record_crashes`: then repeated ones end with less being believed (starts.py).
 
     Raises:
         DeviceUnavailable: no such directory can be made, or no O_DIRECT and it is required.
-        VersionMismatch: the state directory is of a newer version; nothing in it was touched.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class SsdTier:
         direct_io: str = "auto",
         min_free_bytes: int = GIB,
         files: Files | None = None,
+        record_crashes: bool = False,
     ) -> None:
         assert segment_bytes % PAGE_BYTES == 0
 
@@ -93,6 +94,7 @@ class SsdTier:
         self._identity = Identity(self._files, directory / "identity")
         self._book = NamespaceBook(self._files, directory / "namespaces")
         self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
+        self._starts = StartLog(self._files, directory / "starts", on=record_crashes)
 
     # --- coming back
 
@@ -102,6 +104,8 @@ class SsdTier:
         """
         if self._loaded:
             return
+        if obey(self._starts.begin(), self._catalogue):
+            remove_strays(self._files, (), self.directory / "slabs")
         remove_strays(self._files, self._slabs, self.directory / "slabs")
         open_slabs(self._slabs, self._identity, self._book)
         self._wipes.doubt()
@@ -132,12 +136,14 @@ class SsdTier:
         except TierFailed:
             self._catalogue.abandon()
             raise
-        self._count(TierCounts(corrupt_count=found.damaged_count))
+        set_aside, self._catalogue.set_aside_count = self._catalogue.set_aside_count, 0
+        self._count(TierCounts(corrupt_count=found.damaged_count + set_aside))
         newest = max([found.generation_max, *(slab.cut_generation for slab in self._slabs)])
         if self._identity.start is None:
             newest = max(newest, newest_in_slabs(self._slabs, stopping))
         self._identity.begin(newest)
         self._recovered = True
+        self._starts.recovered()
         return found
 
     def forget(self, dropped: Sequence[int], stale: Sequence[int]) -> None:
@@ -351,16 +357,15 @@ class SsdTier:
         self._catalogue.sync()
 
     def probe(self) -> None:
-        """Writes, syncs and reads back a small file. Worker thread. Raises TierFailed."""
-        path = self.directory / "probe"
-        content = os.urandom(PAGE_BYTES)
-        try:
-            self._files.replace(path, content)
-            if path.read_bytes() != content:
-                raise TierFailed(f"{path}: what was read is not what was written")
-            self._files.unlink(path)
-        except OSError as error:
-            raise TierFailed(f"{path}: {error.strerror or error}") from error
+        """A small file can be written, synced and read back, and a failed sync of the catalogue is
+        made good. Worker thread. Raises TierFailed.
+        """
+        prove(self._files, self.directory)
+        self._catalogue.renew()
+
+    def tend(self) -> None:
+        """Once a minute. Any thread."""
+        self._catalogue.tend()
 
     def counts(self) -> TierCounts:
         """Snapshot; any thread."""
@@ -383,6 +388,7 @@ class SsdTier:
         try:
             self._catalogue.close()
         finally:
+            self._starts.end()
             for slab in self._slabs:
                 slab.close()
 

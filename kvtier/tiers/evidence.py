@@ -1,0 +1,34 @@
+"""Evidence: what was damaged, kept under a dated name for whoever wants to know why.
+
+Does not: decide what is damaged.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Final
+
+from kvtier.testing.failpoints import reach
+from kvtier.tiers.files import Files
+
+KEPT_MAX: Final = 3  # of one name; the oldest goes first
+
+
+def set_aside(files: Files, path: Path) -> Path:
+    """Renames a directory, durably, to `NAME.damaged-DATE`; KEPT_MAX of those stay.
+
+    Raises OSError.
+    """
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    name = f"{path.name}.damaged-"
+    names = (f"{name}{stamp}", *(f"{name}{stamp}-{number:03}" for number in range(1, 1000)))
+    target = next(place for place in map(path.with_name, names) if not place.exists())
+    reach("aside.begin")
+    files.rename(path, target)
+    files.sync_directory(target.parent)
+    reach("aside.done")
+    for old in sorted(target.parent.glob(f"{name}*"))[:-KEPT_MAX]:
+        shutil.rmtree(old)
+    return target
