@@ -89,6 +89,17 @@ def test_a_sigbus_of_long_ago_does_not_count(daemon: Daemon) -> None:
     assert_serves(daemon)
 
 
+def test_without_the_library_starts_that_do_not_get_through_count(daemon: Daemon) -> None:
+    assert daemon.stop() == 0
+    for _ in range(2):
+        daemon.launch(KVTIER_NATIVE="off", KVTIER_FAILPOINT="recover.catalogue")
+        assert daemon.process.wait(START_S) == -signal.SIGKILL
+    assert not evidence(daemon)
+    daemon.start()
+    assert len(evidence(daemon)) == 1
+    assert_serves(daemon)
+
+
 def test_a_file_torn_under_the_map_kills_once_and_is_made_anew(daemon: Daemon) -> None:
     os.truncate(daemon.folder / "state" / "ssd" / "catalogue" / "data.mdb", 2 * 4096)
     with Client(daemon.socket, deadline_s=5) as client, contextlib.suppress(KvTierError):
