@@ -123,9 +123,13 @@ class Attached:
             "client_name": "test",
             "writes": True,
         }
-        self.socket.send(session_pb2.Hello(**(values | changes)).SerializeToString())
         self.fds: list[int] = []
-        self.packet = self.receive()
+        try:
+            self.socket.send(session_pb2.Hello(**(values | changes)).SerializeToString())
+            self.packet = self.receive()
+        except OSError:
+            self.close()
+            raise
         self.token = self.packet.welcome.session_token
 
     def receive(self) -> session_pb2.SessionPacket:
