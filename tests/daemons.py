@@ -113,6 +113,15 @@ class Attached:
 
     def __init__(self, path: Path, **changes: Any) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.fds: list[int] = []
+        try:
+            self.packet = self._greet(path, changes)
+        except BaseException:
+            self.close()
+            raise
+        self.token = self.packet.welcome.session_token
+
+    def _greet(self, path: Path, changes: dict[str, Any]) -> session_pb2.SessionPacket:
         self.socket.settimeout(5)
         self.socket.connect(str(path))
         values = {
@@ -124,9 +133,7 @@ class Attached:
             "writes": True,
         }
         self.socket.send(session_pb2.Hello(**(values | changes)).SerializeToString())
-        self.fds: list[int] = []
-        self.packet = self.receive()
-        self.token = self.packet.welcome.session_token
+        return self.receive()
 
     def receive(self) -> session_pb2.SessionPacket:
         """The next packet; its descriptor is the last of `fds`."""
