@@ -128,6 +128,24 @@ def test_a_full_disk_costs_the_tier_and_nothing_else(start: Start, small_disk: P
             assert holds(space, keys_of(seed, 8)), seed
 
 
+def test_it_starts_on_a_full_disk(start: Start, small_disk: Path) -> None:
+    options = {
+        "state": {"dir": str(small_disk / "state")},
+        "ssd": {"size_bytes": "64MiB", "segment_bytes": "2MiB", "min_free_bytes": 0},
+    }
+    daemon = start(**options)
+    with Client(daemon.socket, deadline_s=5, timeout_s=30) as client:
+        assert store_durably(client.open_namespace(model="m", format=LARGE), "before", 8)
+    daemon.kill()
+    fill_disk(small_disk)
+    daemon.start()
+    with Client(daemon.socket, deadline_s=5, timeout_s=30) as client:
+        space = client.open_namespace(model="m", format=LARGE)
+        assert holds(space, keys_of("before", 8))
+        stored(space, keys_of("after", 4))
+        assert holds(space, keys_of("after", 4))
+
+
 # --- memory
 
 LIMITED = """
