@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -112,7 +113,8 @@ def lmdb_rates(
     folder.mkdir()
     count, size_bytes = memory.size_bytes // block_bytes, memory.size_bytes
     spare = memory.view[:block_bytes]
-    with lmdb.open(str(folder), map_size=4 * size_bytes + GIB, metasync=False, sync=False) as env:
+    map_bytes = 4 * size_bytes + GIB
+    with lmdb.open(str(folder), map_size=map_bytes, metasync=False, sync=False) as env:
 
         def write() -> None:
             for first in range(0, count, max(1, _TRANSACTION_BYTES // block_bytes)):
@@ -124,20 +126,22 @@ def lmdb_rates(
                         transaction.put(index.to_bytes(8, "big"), bytes(value))
             env.sync(True)
 
-        def read() -> None:
-            with env.begin(buffers=True) as transaction:
-                for index in range(count):
-                    value = transaction.get(index.to_bytes(8, "big"))
-                    assert value is not None
-                    spare[:] = value
-
         write()
         written = best_rate(write, size_bytes, repeats)
-        rates = []
-        for _ in range(repeats):
-            _forget_pages(folder / "data.mdb")
-            rates.append(best_rate(read, size_bytes, 1))
-        return written, max(rates)
+    rates = []
+    for _ in range(repeats):
+        _forget_pages(folder / "data.mdb")
+        with lmdb.open(str(folder), map_size=map_bytes, readonly=True) as env:
+            rates.append(best_rate(partial(_read_all, env, count, spare), size_bytes, 1))
+    return written, max(rates)
+
+
+def _read_all(env: lmdb.Environment, count: int, spare: memoryview) -> None:
+    with env.begin(buffers=True) as transaction:
+        for index in range(count):
+            value = transaction.get(index.to_bytes(8, "big"))
+            assert value is not None
+            spare[:] = value
 
 
 def _forget_pages(path: Path) -> None:

@@ -32,7 +32,7 @@ from kvtier.units import GIB, KIB, MIB, format_bytes
 
 NAME: Final = "ssd"
 _BATCH_BYTES: Final = 64 * MIB  # of one call: the mover's
-_BATCHES_AT_ONCE: Final = (1, 2, 4)  # the mover runs two
+_BATCHES_AT_ONCE: Final = (1, 2)  # the mover runs two
 _SEGMENT_BYTES: Final = GIB
 _PROMOTED: Final = 64  # blocks leased one by one
 
