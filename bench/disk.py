@@ -8,6 +8,8 @@ page cache. Does not: judge.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from typing import Final
 import lmdb
 
 from bench.machine import wait_until_quiet
-from kvtier.native import AlignedBuffer
+from kvtier import native
 from kvtier.tiers.slots import SLOT_HEADER_BYTES
 from kvtier.units import GIB, MIB
 
@@ -44,10 +46,29 @@ def best_rate(work: Callable[[], object], size_bytes: int, repeats: int) -> floa
     return best
 
 
+class Shared:
+    """Memory as the daemon's arenas have it: of a memfd, shared, every page there. A device reads
+    into it more slowly than into huge private pages, where the kernel gives memfds no huge ones.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        fd = os.memfd_create("kvtier-bench", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+        self._map = mmap.mmap(fd, size_bytes)
+        os.close(fd)
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        native.prefault(self.address, size_bytes)
+        for at in range(0, size_bytes, MIB):
+            part = self.view[at : at + MIB]
+            part[:] = os.urandom(len(part))
+
+
 class RawFile:
     """A preallocated file of blocks, and memory to write them from and read them into."""
 
-    def __init__(self, path: Path, memory: AlignedBuffer, block_bytes: int) -> None:
+    def __init__(self, path: Path, memory: Shared, block_bytes: int) -> None:
         self.memory, self.block_bytes = memory, block_bytes
         self.block_count = memory.size_bytes // block_bytes
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
@@ -93,7 +114,7 @@ class RawFile:
 
 
 @contextmanager
-def raw_file(path: Path, memory: AlignedBuffer, block_bytes: int) -> Iterator[RawFile]:
+def raw_file(path: Path, memory: Shared, block_bytes: int) -> Iterator[RawFile]:
     """The file, which goes with the context."""
     file = RawFile(path, memory, block_bytes)
     try:
@@ -103,9 +124,7 @@ def raw_file(path: Path, memory: AlignedBuffer, block_bytes: int) -> Iterator[Ra
         path.unlink()
 
 
-def lmdb_rates(
-    folder: Path, memory: AlignedBuffer, block_bytes: int, repeats: int
-) -> tuple[float, float]:
+def lmdb_rates(folder: Path, memory: Shared, block_bytes: int, repeats: int) -> tuple[float, float]:
     """GB/s of storing the blocks as LMDB values, and of reading them out of its map, cold.
 
     Every round writes over the last one's: a cache that is full does nothing else.
