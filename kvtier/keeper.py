@@ -67,6 +67,7 @@ from kvtier.units import Clock
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _TICK_S = 0.25
+_SSD_TEND_S = 60.0
 # Before anything was measured: what a PCIe 4 drive and two memory channels do. A guess, replaced
 # by the first moves.
 _BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
@@ -143,6 +144,7 @@ class Keeper:
         self.health = Health(
             ssd, self.ledger, clock, self.in_thread, errors_max=config.tiers.ssd.errors_max
         )
+        self._ssd_tend_at_s = self._started_s + _SSD_TEND_S
         self._starving = False
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
 
@@ -241,6 +243,7 @@ class Keeper:
                 await self.health.reopen()
             if not self.health.is_closed:
                 await self.erasing.run()
+                await self._tend_ssd()
         except TierFailed as error:
             self.health.failed(error)
         try:
@@ -249,6 +252,11 @@ class Keeper:
             log.warning("tier.failed %s", error)
         if self.ledger.is_erasing and not self.health.is_closed:
             self._woken.set()  # more came meanwhile
+
+    async def _tend_ssd(self) -> None:
+        if self.ssd is not None and self.recovering.is_over and self.now_s() >= self._ssd_tend_at_s:
+            self._ssd_tend_at_s = self.now_s() + _SSD_TEND_S
+            await self.in_thread(self.ssd.tend)
 
     @property
     def tending(self) -> asyncio.Task[None] | None:

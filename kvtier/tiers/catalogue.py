@@ -276,10 +276,15 @@ class Catalogue:
             raise
 
     def tend(self) -> None:
-        """Now and then: slots of readers that are gone are given back, lest the file grow."""
+        """Now and then: slots of readers that are gone are given back, lest the file grow. Raises
+        TierFailed.
+        """
         with self._lock:
-            if self._env is not None:
-                self._env.reader_check()
+            try:
+                if self._env is not None:
+                    self._env.reader_check()
+            except lmdb.Error as error:
+                raise TierFailed(f"{self._path}: {error}") from error
 
     def put(self, records: Iterable[tuple[bytes, bytes]]) -> None:
         """Stores packed records, all or none; those of the same slots are replaced."""
@@ -310,12 +315,7 @@ class Catalogue:
     def delete(self, slots: Iterable[int]) -> None:
         """No record of these slots, in one transaction."""
         keys = [slot.to_bytes(4, "little") for slot in slots]
-
-        def work(transaction: lmdb.Transaction[bytes]) -> None:
-            for key in keys:
-                transaction.delete(key)
-
-        self._transact(work, beyond_bytes=_DELETES_BYTES)
+        self._transact(lambda txn: [txn.delete(key) for key in keys], beyond_bytes=_DELETES_BYTES)
 
     def delete_segment(self, segment: int) -> None:
         """No record of any slot of this segment, in one transaction."""
@@ -361,7 +361,7 @@ class Catalogue:
 
         Raises:
             TierFailed: it failed, now or before: the kernel tells once, and no later sync brings
-                back what was lost. Nothing more is listed until a restart.
+                back what was lost. Nothing more is listed until `renew`.
         """
         self._syncs.run()
 
@@ -384,8 +384,8 @@ class Catalogue:
                 reach("catalogue.synced")
             except lmdb.Error as error:
                 self._unsynced = TierFailed(
-                    f"{self._path}: a sync failed ({error}); restart the daemon when the disk is "
-                    "well again"
+                    f"{self._path}: a sync failed ({error}): the tier tries again by itself, and "
+                    "at once with `kvtier heal`"
                 )
                 raise self._unsynced from error
 

@@ -5,6 +5,7 @@ Does not: decide what is damaged.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Final
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.files import Files
 
+logger = logging.getLogger(__name__)
 KEPT_MAX: Final = 3  # of one name; the oldest goes first
 
 
-def set_aside(files: Files, path: Path) -> Path:
-    """Renames a directory, durably, to `NAME.damaged-DATE`; KEPT_MAX of those stay.
+def set_aside(files: Files, path: Path, *, kept_max: int = KEPT_MAX) -> Path:
+    """Renames a directory, durably, to `NAME.damaged-DATE`; `kept_max` of those stay.
 
     Raises OSError.
     """
@@ -29,6 +31,17 @@ def set_aside(files: Files, path: Path) -> Path:
     files.rename(path, target)
     files.sync_directory(target.parent)
     reach("aside.done")
-    for old in sorted(target.parent.glob(f"{name}*"))[:-KEPT_MAX]:
+    for old in sorted(target.parent.glob(f"{name}*"))[:-kept_max]:
         shutil.rmtree(old)
     return target
+
+
+def give_way(files: Files, directory: Path, name: str, wanted_bytes: int) -> None:
+    """Removes evidence of that name, the oldest first, until so much of the file system is free:
+    what is served goes before what was damaged. Raises OSError.
+    """
+    for old in sorted(directory.glob(f"{name}.damaged-*")):
+        if files.free_bytes(directory) >= wanted_bytes:
+            return
+        logger.warning("%s is removed: its space is needed", old)
+        shutil.rmtree(old)

@@ -7,18 +7,22 @@ Does not: decide what becomes of what was found, or write slabs.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import starmap
+from pathlib import Path
 from typing import Final, TypeVar
 
 from kvtier.block import NamespaceSpec, SegmentPlan
-from kvtier.errors import DaemonUnavailable, KvTierError
+from kvtier.errors import DaemonUnavailable, KvTierError, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.arrange import arrange
 from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged
+from kvtier.tiers.evidence import set_aside
+from kvtier.tiers.files import Files
 from kvtier.tiers.identity import Identity
 from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found, Piece, Shape
@@ -27,16 +31,30 @@ from kvtier.tiers.starts import Verdict
 from kvtier.tiers.state import Names, NamespaceBook
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 _SCAN_THREADS: Final = 8
 _PIECE_RECORDS: Final = 512
 _PUT_RECORDS: Final = 1024  # of one transaction
 
 
-def obey(verdict: Verdict, catalogue: Catalogue) -> bool:
-    """After repeated crashes the catalogue is not believed; True: slabs neither."""
+def obey(verdict: Verdict, catalogue: Catalogue, files: Files, folder: Path) -> None:
+    """After repeated crashes the catalogue is not believed; after more, the slabs in `folder`
+    neither: they are set aside, as evidence (the last such). Raises TierFailed.
+    """
     if verdict:
         catalogue.distrust("repeated crashes")
-    return verdict is Verdict.NOTHING
+    if verdict is not Verdict.NOTHING or not any(folder.glob("*.slab")):
+        return
+    try:
+        target = set_aside(files, folder, kept_max=1)
+        folder.mkdir(mode=0o700)
+        files.sync_directory(folder.parent)
+    except OSError as error:
+        raise TierFailed(f"{folder}: {error.strerror}") from error
+    logger.error(
+        "%s are set aside as %s, which takes their space beyond tiers.ssd.size_bytes until the "
+        "tier needs it, or you remove it", folder, target.name,
+    )  # fmt: skip
 
 
 def open_slabs(slabs: Sequence[Slab], identity: Identity, book: NamespaceBook) -> None:

@@ -32,6 +32,7 @@ from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
 from kvtier.errors import BlockCorrupt, DaemonUnavailable, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.evidence import give_way
 from kvtier.tiers.files import Files
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
 from kvtier.tiers.state import Names
@@ -132,7 +133,12 @@ class Slab:
         Raises:
             TierFailed: no space (or less than `min_free_bytes` would stay). No file is left.
         """
-        free = self._files.free_bytes(self.path.parent)
+        folder = self.path.parent
+        try:
+            give_way(self._files, folder.parent, folder.name, self.size_bytes + min_free_bytes)
+        except OSError as error:
+            raise self.failed(error) from error
+        free = self._files.free_bytes(folder)
         if free - self.size_bytes < min_free_bytes:
             raise TierFailed(
                 f"{self.path.parent}: no space for a slab of {format_bytes(self.size_bytes)}: "

@@ -104,9 +104,9 @@ class SsdTier:
         """
         if self._loaded:
             return
-        if obey(self._starts.begin(), self._catalogue):
-            remove_strays(self._files, (), self.directory / "slabs")
-        remove_strays(self._files, self._slabs, self.directory / "slabs")
+        folder = self.directory / "slabs"
+        obey(self._starts.begin(), self._catalogue, self._files, folder)
+        remove_strays(self._files, self._slabs, folder)
         open_slabs(self._slabs, self._identity, self._book)
         self._wipes.doubt()
         reach("recover.opened")
@@ -364,7 +364,7 @@ class SsdTier:
         self._catalogue.renew()
 
     def tend(self) -> None:
-        """Once a minute. Any thread."""
+        """Once a minute. Worker thread. Raises TierFailed."""
         self._catalogue.tend()
 
     def counts(self) -> TierCounts:

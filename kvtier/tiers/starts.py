@@ -6,8 +6,8 @@ process survives. A start's verdict on what it finds:
     CATALOGUE  the catalogue is believed (once its pages were checked)
     SLABS      it is set aside, as evidence, and made anew from slabs: two starts ended, at most
                `WINDOW_S` apart, by SIGBUS, SIGSEGV or SIGABRT
-    NOTHING    slabs are not read either, the tier starts empty: a start with the verdict SLABS
-               ended so, too, before all was recovered
+    NOTHING    slabs are not read either but set aside, too, and the tier starts empty: a start
+               with the verdict SLABS ended so, too, before all was recovered
 
 The dying process says which signal it was (kernels/cpu/signals.cpp). Without the library nobody
 does: then each start counts that neither recovered all nor ended in order.
@@ -151,7 +151,7 @@ class StartLog:
         except OSError as error:
             logger.warning("%s: %s; a loop of crashes would not be noticed", self._path, error)
         if verdict:
-            slabs = " and slabs are dropped: reading those failed, too" * (verdict - Verdict.SLABS)
+            slabs = ", and slabs too: reading those failed as well" * (verdict - Verdict.SLABS)
             logger.error(
                 "%s: crashes within %d s; the catalogue is set aside%s", self._path, WINDOW_S, slabs
             )

@@ -21,8 +21,6 @@ from stores import Attached, Node, chain
 from kvtier.errors import KvTierError
 
 HEAL_S = 30.0
-# What the kernel lost of the catalogue's pages only a new start brings back.
-HEALED_BY_RESTART = ("sync_catalogue",)
 OLD = ("old-0", "old-1", "old-2")  # durable before anything fails
 
 
@@ -82,8 +80,7 @@ class Case:
         try:
             await self.everything(node, who, space)
             self.files.arm(None)
-            if self.plan.operation not in HEALED_BY_RESTART:
-                await self.heal(node, who, space)
+            await self.heal(node, who, space)
         finally:
             answering.cancel()
             waiting, self.files.waiting = self.files.waiting or [], None

@@ -16,6 +16,7 @@ import pytest
 from kvtier import native
 from kvtier.testing.conformance import DESCRIPTOR, NAMESPACE, Blocks
 from kvtier.tiers import starts as module
+from kvtier.tiers.evidence import give_way
 from kvtier.tiers.files import Files
 from kvtier.tiers.ssd import SsdTier
 from kvtier.tiers.starts import WINDOW_S, Start, StartLog, Verdict, read_starts, verdict_on
@@ -111,6 +112,7 @@ def test_a_disk_that_takes_no_file_does_not_prevent_a_start(tmp_path: Path) -> N
 _CHILD = """
 import ctypes, faulthandler, os, signal, sys
 from pathlib import Path
+from kvtier.tiers.evidence import give_way
 from kvtier.tiers.files import Files
 from kvtier.tiers.starts import StartLog
 how = sys.argv[2]
@@ -249,6 +251,8 @@ def test_when_making_it_anew_crashes_too_the_tier_starts_empty(tmp_path: Path) -
     assert count == 0
     assert not list((tmp_path / "slabs").iterdir())
     assert list(tmp_path.glob("catalogue.damaged-*"))
+    [evidence] = tmp_path.glob("slabs.damaged-*")
+    assert list(evidence.glob("*.slab"))
     blocks = Blocks(tier, 4, SIZE, seed=3)
     tier.write(blocks.items)
     assert [item.error for item in blocks.items] == [None] * 4
@@ -256,6 +260,23 @@ def test_when_making_it_anew_crashes_too_the_tier_starts_empty(tmp_path: Path) -
     tier, count = open_tier(tmp_path)
     assert count == 4
     tier.close()
+
+
+class _Free(Files):
+    """A file system on which only what is removed makes room."""
+
+    def free_bytes(self, directory: Path) -> int:
+        return 0 if list(directory.glob("slabs.damaged-*")) else 1 << 30
+
+
+def test_evidence_gives_way_to_what_is_served(tmp_path: Path) -> None:
+    for name in ("slabs.damaged-1", "slabs.damaged-2", "catalogue.damaged-1"):
+        (tmp_path / name).mkdir()
+    give_way(_Free(), tmp_path, "slabs", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["catalogue.damaged-1"]
+    (tmp_path / "slabs.damaged-3").mkdir()
+    give_way(_Free(), tmp_path, "slabs", 0)
+    assert (tmp_path / "slabs.damaged-3").exists()
 
 
 def test_a_tier_that_is_not_asked_to_records_nothing(tmp_path: Path) -> None:
