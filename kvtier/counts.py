@@ -86,6 +86,26 @@ class BlockUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ScrubUse:
+    """The scrub of the SSD tier: the one under way, else (`state` "idle") the last one. `detail`
+    says why it waits, or ended early. Times in seconds, `ended_s` since 1970; 0 = never, none.
+    """
+
+    state: str = "idle"  # idle, running or waiting
+    detail: str = ""
+    scheduled: bool = False
+    progress: float = 0.0  # 0..1
+    bytes_per_s: int = 0
+    elapsed_s: float = 0.0
+    block_count: int = 0
+    read_bytes: int = 0
+    damaged_count: int = 0
+    stray_count: int = 0
+    ended_s: float = 0.0
+    next_in_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StoreCounts:
     """Everything `kvtier stat` shows but the daemon's own name, pid and version."""
 

@@ -223,6 +223,29 @@ class Slab:
             if self.sync_failures != failures_before:
                 raise TierFailed(f"{self.path}: a sync of these bytes failed")
 
+    def remove(self) -> None:
+        """The file is gone, durably with the next sync of its directory. Nothing of it may be in
+        use. Hold `lock`. Raises TierFailed: it may be there still, but is closed.
+        """
+        with self._sync_lock:
+            self.close()
+        self.slot_bytes, self.names = 0, {}
+        try:
+            reach("slab.remove")
+            self._files.unlink(self.path)
+        except OSError as error:
+            raise self.failed(error) from error
+
+    def here(self, indexes: Sequence[int]) -> list[SlotRecord]:
+        """What the headers of these slots say that a rebuild would believe. At most 256."""
+        assert len(indexes) <= _SCAN_SLOTS
+
+        if self.fd < 0 or self.slot_bytes < 2 * PAGE_BYTES:
+            return []
+        with native.AlignedBuffer(_SCAN_SLOTS * SLOT_HEADER_BYTES) as pages:
+            found = self._sound(indexes, pages)
+        return [record for index, record in found if self._is_here(record, index)]
+
     def scan(self, stopping: Callable[[], bool]) -> Iterator[SlotRecord]:
         """Every slot with a sound header of this cut, from the headers alone.
 
@@ -247,19 +270,23 @@ class Slab:
             for first in range(0, count, _SCAN_SLOTS):
                 if stopping():
                     raise DaemonUnavailable("the daemon is stopping")
-                indexes = range(first, min(first + _SCAN_SLOTS, count))
-                n = len(indexes)
-                headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
-                offsets = [self.offset(index) for index in indexes]
-                zeros = [0] * n
-                _, errors = self._files.read_slots(
-                    [self.fd] * n, offsets, headers, headers, zeros, zeros
-                )
-                for i, index in enumerate(indexes):
-                    if errors[i]:
-                        continue  # unreadable here is unreadable later: not a block any more
-                    with contextlib.suppress(BlockCorrupt):
-                        yield index, unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)
+                yield from self._sound(range(first, min(first + _SCAN_SLOTS, count)), pages)
+
+    def _sound(
+        self, indexes: Sequence[int], pages: native.AlignedBuffer
+    ) -> list[tuple[int, SlotRecord]]:
+        n = len(indexes)
+        headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
+        offsets = [self.offset(index) for index in indexes]
+        zeros = [0] * n
+        _, errors = self._files.read_slots([self.fd] * n, offsets, headers, headers, zeros, zeros)
+        found = []
+        for i, index in enumerate(indexes):
+            if errors[i]:
+                continue  # unreadable here is unreadable later: not a block any more
+            with contextlib.suppress(BlockCorrupt):
+                found.append((index, unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)))
+        return found
 
     def _is_here(self, record: SlotRecord, index: int) -> bool:
         return (
