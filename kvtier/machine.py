@@ -19,6 +19,7 @@ from kvtier.units import KIB, PAGE_BYTES, div_ceil
 
 ROOT = Path("/")
 _REFUSES_DIRECT_IO = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,8 @@ def direct_io_works(directory: Path) -> bool:
     """Whether a file in `directory` (or its nearest existing parent) takes O_DIRECT both ways.
 
     Tried with a temporary file that is gone afterwards: some file systems accept the flag and
-    refuse the write. Raises DeviceUnavailable when no file can be written there at all.
+    refuse the write. Where the disk is full, reading what is there must do. Raises
+    DeviceUnavailable when no file can be written there for another reason.
     """
     import tempfile  # costs 10 ms, and clients import this file
 
@@ -236,6 +238,8 @@ def direct_io_works(directory: Path) -> bool:
     try:
         descriptor, name = tempfile.mkstemp(prefix=".kvtier-direct-io-", dir=where)
     except OSError as error:
+        if error.errno in _IS_FULL:
+            return _direct_reads_work(where)
         raise DeviceUnavailable(f"{where}: cannot write: {error.strerror}") from error
     os.close(descriptor)
     try:
@@ -249,9 +253,29 @@ def direct_io_works(directory: Path) -> bool:
     except OSError as error:
         if error.errno in _REFUSES_DIRECT_IO:
             return False
+        if error.errno in _IS_FULL:
+            return _direct_reads_work(where)
         raise DeviceUnavailable(f"{where}: cannot write: {error.strerror}") from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _direct_reads_work(directory: Path) -> bool:
+    """Whether a file that is there already can be read with O_DIRECT; False when there is none."""
+    for path in directory.iterdir():
+        if path.is_file() and path.stat().st_size >= PAGE_BYTES:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            except OSError:
+                return False
+            try:
+                with mmap.mmap(-1, PAGE_BYTES) as page:
+                    return os.preadv(descriptor, [page], 0) == PAGE_BYTES
+            except OSError:
+                return False
+            finally:
+                os.close(descriptor)
+    return False
 
 
 # --- processors and devices

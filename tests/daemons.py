@@ -113,6 +113,15 @@ class Attached:
 
     def __init__(self, path: Path, **changes: Any) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.fds: list[int] = []
+        try:
+            self.packet = self._greet(path, changes)
+        except BaseException:
+            self.close()
+            raise
+        self.token = self.packet.welcome.session_token
+
+    def _greet(self, path: Path, changes: dict[str, Any]) -> session_pb2.SessionPacket:
         self.socket.settimeout(5)
         self.socket.connect(str(path))
         values = {
@@ -124,9 +133,7 @@ class Attached:
             "writes": True,
         }
         self.socket.send(session_pb2.Hello(**(values | changes)).SerializeToString())
-        self.fds: list[int] = []
-        self.packet = self.receive()
-        self.token = self.packet.welcome.session_token
+        return self.receive()
 
     def receive(self) -> session_pb2.SessionPacket:
         """The next packet; its descriptor is the last of `fds`."""
@@ -224,14 +231,11 @@ class Daemon:
             )
         return self
 
-    def start(self, *, recovered: bool = True) -> Self:
-        """Starts it and waits until it says (as it does to systemd) that it is ready; with
-        `recovered` also until its SSD tier is back.
-        """
+    def start(self) -> Self:
+        """Starts it and waits until it says (as it does to systemd) that it is ready."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             address = f"\0kvtier-test-{os.getpid()}-{self.folder.name}"
             manager.bind(address)
-            logged = len(self.log) if self.log_path.exists() else 0
             self.launch(NOTIFY_SOCKET="@" + address[1:])
             pidfd = os.pidfd_open(self.process.pid)
             try:
@@ -240,14 +244,7 @@ class Daemon:
                 os.close(pidfd)
             assert manager in ready, self.log
             assert manager.recv(100) == b"READY=1", self.log
-        if recovered and "enabled = false" not in self.config_path.read_text():
-            # Not asked for: some tests allow one call at a time.
-            eventually(lambda: "tier.recovered" in self.log[logged:], START_S)
         return self
-
-    def tier_states(self) -> list[str]:
-        """Of DRAM and, if there is one, SSD."""
-        return [tier.state for tier in self.stat().tiers]
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it to the process."""

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,20 @@ def test_direct_io_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DeviceUnavailable, match="Input/output"):
         machine.direct_io_works(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_direct_io_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = machine.direct_io_works(tmp_path)
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert not machine.direct_io_works(tmp_path), "there is nothing to tell by"
+    (tmp_path / "a file").write_bytes(bytes(8192))
+    assert machine.direct_io_works(tmp_path) == works
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    assert machine.direct_io_works(tmp_path) == works
 
 
 def maps_line(start: int, size: int, offset: int, inode: int, name: str) -> str:

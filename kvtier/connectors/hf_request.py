@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvtier.connectors.hf_model import Unsupported
@@ -66,6 +67,17 @@ def rows_of(model: Any, input_ids: torch.Tensor, mask: torch.Tensor | None) -> l
         raise Unsupported("the batch is padded and the model takes no position_ids")
     rows = zip(input_ids.tolist(), paddings, strict=True)
     return [Row(tokens[int(padding) :], int(padding)) for tokens, padding in rows]
+
+
+@lru_cache(maxsize=1)
+def cache_argument() -> str:
+    """What `generate` and `forward` of this version of transformers call the KV they are given:
+    `cache` (seen in 5.24), or `past_key_values` (4.56).
+    """
+    from transformers.generation.utils import GenerationMixin
+
+    named = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in named else "past_key_values"
 
 
 def check_generate(model: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:

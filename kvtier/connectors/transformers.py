@@ -33,7 +33,7 @@ from kvtier.connectors.base import (
     miss_reason,
 )
 from kvtier.connectors.hf_model import ModelShape, Unsupported
-from kvtier.connectors.hf_request import Row, check_generate, rows_of
+from kvtier.connectors.hf_request import Row, cache_argument, check_generate, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ class TransformersCache:
         cache = self.restore(input_ids, mask).cache
         if cache is None:
             cache = DynamicCache(config=self.model.config)
-        output = self.model.generate(input_ids, past_key_values=cache, **kwargs)
+        output = self.model.generate(input_ids, **{cache_argument(): cache}, **kwargs)
         ids, computed = input_ids, mask
         if self.save_generated:
             ids = output if not hasattr(output, "sequences") else output.sequences

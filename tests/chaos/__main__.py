@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         os.environ["CHAOS_SOAK_S"] = f"{wanted.seconds:g}"
     where = HERE if wanted.part == "all" else HERE / f"test_{wanted.part}.py"
     # Only -s shows the summaries of long runs as they come.
-    return int(pytest.main([str(where), "--timeout=0", "-s", *more]))
+    return int(pytest.main([str(where), "-s", *more]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import random
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 SIZE = float(os.environ.get("CHAOS_SIZE", "1"))
 COUNT = int(os.environ.get("CHAOS_COUNT", "0"))
+# Of a test; 0 (none) for what is as long as it was asked to be.
+TIMEOUT_S = 900 if SIZE <= 1 and not COUNT else 0
 
 
 def count_of(count: int) -> int:

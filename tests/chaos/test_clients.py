@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chaos_plan import count_of
+from chaos_plan import TIMEOUT_S, count_of
 from daemons import ENVIRONMENT, FORMAT, Daemon, eventually, holds, keys_of, line_of, stored
 
 from kvtier.client import Client
 
-pytestmark = pytest.mark.timeout(0)
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 SWARM = Path(__file__).with_name("chaos_swarm.py")
 PLANTED = Path(__file__).with_name("planted_daemon.py")
 BATCH, FULL = 50, 5

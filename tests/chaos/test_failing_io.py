@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from chaos_files import ERRORS
 from chaos_nursery import Nursery
-from chaos_plan import COUNT, SIZE
+from chaos_plan import COUNT, SIZE, TIMEOUT_S
 
-pytestmark = pytest.mark.timeout(0)
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 LANES = 2
 CASES = [(operation, how) for operation, hows in ERRORS.items() for how in hows]
 # CI looks where things change; the large size at every call, until the workload runs clean.

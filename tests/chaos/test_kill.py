@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from chaos_nursery import ROOT, Nursery
 from chaos_oracle import Oracle
-from chaos_plan import count_of, dice
+from chaos_plan import TIMEOUT_S, count_of, dice
 
 from kvtier.testing.failpoints import POINTS
 
-pytestmark = pytest.mark.timeout(0)
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 LANES = 2
 LIVES_PER_DIRECTORY = 20  # so that the roomy tier never fills and checks stay short
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from chaos_nursery import Nursery
 from chaos_oracle import BLOCKS
+from chaos_plan import TIMEOUT_S
 from test_damage import Case, survive_all
 from test_kill import Lives
 
-pytestmark = pytest.mark.timeout(0)
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
 
 def found_by_lives(tmp_path: Path, bug: str, until: str) -> str:

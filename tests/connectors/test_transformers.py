@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from kvtier.block import TierId  # noqa: E402
 from kvtier.connectors import hf_model  # noqa: E402
+from kvtier.connectors.hf_request import cache_argument  # noqa: E402
 from kvtier.connectors.transformers import TransformersCache  # noqa: E402
 from kvtier.testing.models import random_tokens, tiny_llama  # noqa: E402
 from tests.connectors.dict_client import BrokenClient, DictClient  # noqa: E402
@@ -397,7 +398,7 @@ def test_another_cache_class_is_not_saved(float_model: Any) -> None:
     cache = TransformersCache(float_model, DictClient())
     static = StaticCache(config=float_model.config, max_cache_len=200)
     with torch.no_grad():
-        float_model(_ids(PROMPT), past_key_values=static)
+        float_model(_ids(PROMPT), **{cache_argument(): static})
     assert cache.save(_ids(PROMPT), static) == 0
     assert cache.border.counts().failure_count == 0
 

@@ -71,6 +71,7 @@ def test_what_the_next_start_believes(starts: list[Start], verdict: Verdict) -> 
     assert verdict_on(starts) is verdict
 
 
+@needs_library  # without, some of these would count as crashes
 def test_the_file_says_what_happened(tmp_path: Path) -> None:
     path = tmp_path / "starts"
     for number in range(20):
