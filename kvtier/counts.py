@@ -5,7 +5,7 @@ Does not: count anything. The store fills these in when asked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtier.block import NamespaceSpec, Reason, TierId
 
@@ -99,7 +99,7 @@ class ScrubUse:
     elapsed_s: float = 0.0
     block_count: int = 0
     read_bytes: int = 0
-    damaged_count: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)  # by what was wrong
     stray_count: int = 0
     ended_s: float = 0.0
     next_in_s: float = 0.0
@@ -125,6 +125,8 @@ class StoreCounts:
     routes: tuple[RouteUse, ...]
     namespaces: tuple[NamespaceUse, ...]
     corrupt_count: int
+    corrupt: dict[str, int]  # copies, by what was wrong
+    scrub: ScrubUse
     stored_blocks: int
     evicted_blocks: int
     events_revision: int

@@ -5,11 +5,13 @@ Does not: decide anything; nothing here is read back by the store.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.block import Found, Keys, Reason, TierId
 from kvtier.counts import BlockUse, NamespaceUse, RouteUse, SessionUse, TierUse
+from kvtier.errors import BlockCorrupt, KvTierError
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 from kvtier.session import Session

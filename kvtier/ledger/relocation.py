@@ -11,9 +11,15 @@ Does not: copy bytes, or choose what is relocated and what is evicted instead (r
 from __future__ import annotations
 
 from kvtier.block import Move, Route, TierId
-from kvtier.ledger.chain import Run
-from kvtier.ledger.ledger import Ledger
+from kvtier.ledger.chain import Namespace, Run
+from kvtier.ledger.claims import Claim
+from kvtier.ledger.ledger import DISPLACED, Ledger
 from kvtier.ledger.moves import Moves
+
+
+def has_room(ledger: Ledger, space: Namespace, tier: TierId) -> bool:
+    """Whether a block of this namespace finds slots in the tier now."""
+    return ledger.slots[tier].available(space.tenant, space.slot_bytes[tier]) >= space.shards
 
 
 def plan(ledger: Ledger, moves: Moves, run: Run, place: int, tier: TierId) -> Move | None:
@@ -24,7 +30,7 @@ def plan(ledger: Ledger, moves: Moves, run: Run, place: int, tier: TierId) -> Mo
     slots, slot_bytes = ledger.slots[tier], space.slot_bytes[tier]
     if moves.is_full or (space.id, key, tier) in moves.by_target:
         return None
-    if slots.available(space.tenant, slot_bytes) < space.shards:
+    if not has_room(ledger, space, tier):
         return None
     move = Move(
         id=ledger.next_id(),
@@ -59,3 +65,24 @@ def finish(ledger: Ledger, moves: Moves, move: Move) -> bool:
         ledger.replace_copy(*found, tier, move.target_slots)
     ledger.end_holder(move.id)
     return bool(wanted)
+
+
+def drop(ledger: Ledger, claim: Claim, tier: TierId) -> bool:
+    """Drops a copy that has no place any longer. False: it is pinned, leased or being read."""
+    run, place = claim.run, claim.place
+    if ledger.chains.runs.get(run.id) is not run or place >= len(run):
+        return True  # it went meanwhile
+    if not run.state[place] >> tier & 1:
+        return True
+    if run.pins or place < ledger.leased_end(run) or (tier, claim.slot) in ledger.readers:
+        return False
+    ledger.free(run, place, tier, DISPLACED)
+    ledger.evicted_blocks += not run.state[place]
+    ledger.chains.trim(run, DISPLACED)
+    return True
+
+
+def set_segment_count(ledger: Ledger, tier: TierId, count: int) -> None:
+    """The tier has so many segments from now on; those that go are withheld and empty."""
+    ledger.slots[tier].resize(count)
+    ledger.plans[tier] = ledger.slots[tier].plan

@@ -218,6 +218,6 @@ def _namespace_stat(use: NamespaceUse) -> admin_pb2.NamespaceStat:
     )
 
 
-_FILLED_APART = {"tiers", "reasons", "sessions", "routes", "namespaces"}
+_FILLED_APART = {"tiers", "reasons", "sessions", "routes", "namespaces", "corrupt", "scrub"}
 _COUNTS = tuple(name for name in StoreCounts.__slots__ if name not in _FILLED_APART)
 _TIER_COUNTS = tuple(name for name in TierUse.__slots__ if name != "tier")

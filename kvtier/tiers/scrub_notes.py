@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from kvtier.tiers.files import Files
 
@@ -31,22 +32,30 @@ class ScrubNotes:
     elapsed_s: float = 0.0
     block_count: int = 0
     read_bytes: int = 0
-    damaged_count: int = 0
     stray_count: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)  # copies dropped, by what was wrong
 
 
 def read_notes(path: Path) -> ScrubNotes | None:
     """What the file says; None when there is none, or none that can be read."""
     try:
         values = json.loads(path.read_bytes())
-        notes = ScrubNotes(**{field.name: values[field.name] for field in fields(ScrubNotes)})
-        numbers = asdict(notes).values()
-        if all(isinstance(number, int | float) and 0 <= number < 2**63 for number in numbers):
-            notes.segment, notes.slot = int(notes.segment), int(notes.slot)
-            return notes
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        notes = ScrubNotes()
+        for each in fields(ScrubNotes):
+            value = values[each.name]
+            if each.name == "damaged":
+                notes.damaged = {str(kind): int(_number(count)) for kind, count in value.items()}
+            else:
+                setattr(notes, each.name, type(getattr(notes, each.name))(_number(value)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return notes
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 2**53:
+        raise ValueError(value)
+    return value
 
 
 def write_notes(files: Files, path: Path, notes: ScrubNotes) -> None:
@@ -55,3 +64,11 @@ def write_notes(files: Files, path: Path, notes: ScrubNotes) -> None:
         files.replace(path, json.dumps(asdict(notes)).encode())
     except OSError as error:
         logger.warning("%s: %s; after a restart the scrub begins anew", path, error)
+
+
+def begun_s(directory: Path) -> float:
+    """Since when there is state there (seconds since 1970); 0: nobody knows."""
+    try:
+        return (directory / "VERSION").stat().st_mtime
+    except OSError:
+        return 0.0

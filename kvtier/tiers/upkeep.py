@@ -109,7 +109,7 @@ class Upkeep:
         for slab in reversed(going):
             with slab.lock:
                 slab.remove()
-            reach("resize.removed")
+            reach("resize.deleted")
         folder = self._slabs[0].path.parent
         try:
             self.files.sync_directory(folder)
