@@ -1,11 +1,21 @@
 from kvtier.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ScrubAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCRUB_ACTION_UNSPECIFIED: _ClassVar[ScrubAction]
+    SCRUB_ACTION_START: _ClassVar[ScrubAction]
+    SCRUB_ACTION_STOP: _ClassVar[ScrubAction]
+SCRUB_ACTION_UNSPECIFIED: ScrubAction
+SCRUB_ACTION_START: ScrubAction
+SCRUB_ACTION_STOP: ScrubAction
 
 class StatRequest(_message.Message):
     __slots__ = ("namespaces_max",)
@@ -329,6 +339,72 @@ class HealResponse(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     state: str
     def __init__(self, state: _Optional[str] = ...) -> None: ...
+
+class ScrubRequest(_message.Message):
+    __slots__ = ("action", "bytes_per_s")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    action: ScrubAction
+    bytes_per_s: int
+    def __init__(self, action: _Optional[_Union[ScrubAction, str]] = ..., bytes_per_s: _Optional[int] = ...) -> None: ...
+
+class DamageCount(_message.Message):
+    __slots__ = ("damage", "count")
+    DAMAGE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    damage: str
+    count: int
+    def __init__(self, damage: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ScrubResponse(_message.Message):
+    __slots__ = ("state", "detail", "scheduled", "progress", "bytes_per_s", "elapsed_s", "block_count", "read_bytes", "damaged", "stray_count", "ended_s", "next_in_s")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    STRAY_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_S_FIELD_NUMBER: _ClassVar[int]
+    NEXT_IN_S_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    detail: str
+    scheduled: bool
+    progress: float
+    bytes_per_s: int
+    elapsed_s: float
+    block_count: int
+    read_bytes: int
+    damaged: _containers.RepeatedCompositeFieldContainer[DamageCount]
+    stray_count: int
+    ended_s: float
+    next_in_s: float
+    def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ..., scheduled: bool = ..., progress: _Optional[float] = ..., bytes_per_s: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., block_count: _Optional[int] = ..., read_bytes: _Optional[int] = ..., damaged: _Optional[_Iterable[_Union[DamageCount, _Mapping]]] = ..., stray_count: _Optional[int] = ..., ended_s: _Optional[float] = ..., next_in_s: _Optional[float] = ...) -> None: ...
+
+class ResizeTierRequest(_message.Message):
+    __slots__ = ("tier", "size_bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: _types_pb2.Tier
+    size_bytes: int
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class ResizeTierResponse(_message.Message):
+    __slots__ = ("former_bytes", "size_bytes", "configured_bytes", "moved_blocks", "evicted_blocks")
+    FORMER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    former_bytes: int
+    size_bytes: int
+    configured_bytes: int
+    moved_blocks: int
+    evicted_blocks: int
+    def __init__(self, former_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., configured_bytes: _Optional[int] = ..., moved_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ()
