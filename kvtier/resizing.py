@@ -183,7 +183,8 @@ class Resizing:
                 await self._set_count(ssd, count)
         self._wake()
         done = Resized(
-            former * ssd.file_bytes, count * ssd.file_bytes, self.config.size_bytes,
+            former * ssd.file_bytes, count * ssd.file_bytes,
+            self.config.size_bytes // ssd.file_bytes * ssd.file_bytes,
             self._moved_blocks, self._ledger.evicted_blocks - evicted,
         )  # fmt: skip
         log.info("resize.done tier=ssd %s", done)

@@ -65,7 +65,9 @@ def daemon_findings(path: Path) -> list[Found]:
         found += [_found("invariants", "fail", problem, remedy) for problem in check.problems]
     if stat.corrupt_count:
         remedy = "dropped, not served: check the disk (smartctl) and memory (ECC counters)"
-        found.append(_found("damage", "warn", f"{stat.corrupt_count} blocks", remedy))
+        kinds = ", ".join(f"{each.damage} {each.count}" for each in stat.corrupt)
+        detail = f"{stat.corrupt_count} copies since its start ({kinds or 'unknown'})"
+        found.append(_found("damage", "warn", detail, remedy))
     for tier in stat.tiers:
         if tier.error_count or tier.state != "serving":
             detail = f"state {tier.state or 'unknown'}, {tier.error_count} errors"

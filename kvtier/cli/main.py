@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli import operator
+from kvtier.cli import operator, upkeep
 from kvtier.cli.app import EPILOG, AdminSocket, ConfigFile, Json, Socket, new_app, print_json
 
 app = new_app(
@@ -56,6 +56,8 @@ for command in (
     operator.drain,
     operator.flush,
     operator.heal,
+    upkeep.scrub,
+    upkeep.resize,
     operator.bypass,
     operator.check,
     operator.health,

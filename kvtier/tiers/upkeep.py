@@ -92,6 +92,7 @@ class Upkeep:
         more = [self._make_slab(index) for index in range(len(self._slabs), segment_count)]
         for slab in more:
             slab.remove()
+            slab.belong_to(self._slabs[0].state_id)
         self._slabs.extend(more)
 
     def take_away(self, segment_count: int) -> None:

@@ -128,7 +128,7 @@ class RouteStat(_message.Message):
     def __init__(self, route: _Optional[str] = ..., move_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., failed_count: _Optional[int] = ..., in_flight: _Optional[int] = ..., queued: _Optional[int] = ...) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "state", "tiers", "lookup_count", "lookup_blocks", "hit_blocks", "miss_blocks", "hit_ratio", "reasons", "lease_count", "lease_oldest_s", "reservation_count", "reservation_oldest_s", "sessions", "routes", "namespaces", "corrupt_count", "stored_blocks", "evicted_blocks", "events_revision", "native_kernels", "recovered_blocks", "recovery_s", "leases_revoked", "pid", "trust", "predecessor_bytes")
+    __slots__ = ("version", "uptime_s", "state", "tiers", "lookup_count", "lookup_blocks", "hit_blocks", "miss_blocks", "hit_ratio", "reasons", "lease_count", "lease_oldest_s", "reservation_count", "reservation_oldest_s", "sessions", "routes", "namespaces", "corrupt_count", "stored_blocks", "evicted_blocks", "events_revision", "native_kernels", "recovered_blocks", "recovery_s", "leases_revoked", "pid", "trust", "predecessor_bytes", "corrupt")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class StatResponse(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     TRUST_FIELD_NUMBER: _ClassVar[int]
     PREDECESSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     state: str
@@ -185,7 +186,8 @@ class StatResponse(_message.Message):
     pid: int
     trust: str
     predecessor_bytes: int
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., lookup_count: _Optional[int] = ..., lookup_blocks: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., hit_ratio: _Optional[float] = ..., reasons: _Optional[_Iterable[_Union[ReasonCount, _Mapping]]] = ..., lease_count: _Optional[int] = ..., lease_oldest_s: _Optional[float] = ..., reservation_count: _Optional[int] = ..., reservation_oldest_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionStat, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[RouteStat, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStat, _Mapping]]] = ..., corrupt_count: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., events_revision: _Optional[int] = ..., native_kernels: bool = ..., recovered_blocks: _Optional[int] = ..., recovery_s: _Optional[float] = ..., leases_revoked: _Optional[int] = ..., pid: _Optional[int] = ..., trust: _Optional[str] = ..., predecessor_bytes: _Optional[int] = ...) -> None: ...
+    corrupt: _containers.RepeatedCompositeFieldContainer[DamageCount]
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., lookup_count: _Optional[int] = ..., lookup_blocks: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., hit_ratio: _Optional[float] = ..., reasons: _Optional[_Iterable[_Union[ReasonCount, _Mapping]]] = ..., lease_count: _Optional[int] = ..., lease_oldest_s: _Optional[float] = ..., reservation_count: _Optional[int] = ..., reservation_oldest_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionStat, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[RouteStat, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStat, _Mapping]]] = ..., corrupt_count: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., events_revision: _Optional[int] = ..., native_kernels: bool = ..., recovered_blocks: _Optional[int] = ..., recovery_s: _Optional[float] = ..., leases_revoked: _Optional[int] = ..., pid: _Optional[int] = ..., trust: _Optional[str] = ..., predecessor_bytes: _Optional[int] = ..., corrupt: _Optional[_Iterable[_Union[DamageCount, _Mapping]]] = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ()

@@ -118,6 +118,22 @@ async def test_larger_is_there_at_once(start: Start, tmp_path: Path) -> None:
     await node.assert_nothing_held()
 
 
+async def test_larger_stays_if_the_configuration_says_so(start: Start, tmp_path: Path) -> None:
+    node = await start(tmp_path / "node", ssd_blocks=64, dram_blocks=32)
+    await resize(node, 32)
+    _, _, made = await filled(node, 20)
+    await node.close()
+    again = await start(tmp_path / "node", ssd_blocks=512, dram_blocks=32)
+    who = again.attach()
+    assert await whole(again, who, again.space(who), made) == 20
+    await again.close()
+    # And if it does not, what is beyond it is gone, and the rest is sound.
+    small = await start(tmp_path / "node", ssd_blocks=64, dram_blocks=32)
+    who = small.attach()
+    assert 1 <= await whole(small, who, small.space(who), made) <= 4
+    assert max(slabs(small)) < 4
+
+
 async def test_larger_needs_room_on_the_disk(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     node = await start(ssd_blocks=64)
     await filled(node, 2)
