@@ -51,6 +51,7 @@ LAYERS: dict[str, set[str]] = {
     "tiers": {"block", "errors", "failpoints", "machine", "native", "units"},
     "codec": {"block", "errors", "native", "units"},
     "transfer": {"block", "codec", "errors", "failpoints", "native", "tiers", "units"},
+    "state_findings": {"config", "findings", "machine", "tiers", "units"},
     # The store and what it is made of: where deciding meets doing.
     "session": {"tiers"},
     "progress": {"block", "ledger"},
@@ -77,7 +78,7 @@ LAYERS: dict[str, set[str]] = {
     "client": {"block", "config", "errors", "sections", "tiers", "units", "v1", "wire"},
     "connectors": {"block", "client", "codec", "errors", "transfer", "units"},
     "testing": LEAVES | {"codec", "ledger", "tiers", "transfer"},
-    "cli": LEAVES | {"client", "connectors", "server", "testing"},
+    "cli": LEAVES | {"client", "connectors", "server", "state_findings", "testing"},
     "__main__": {"cli"},
 }  # fmt: skip
 # The ledger decides; it must be able to run inside a property test with no clock and no loop.

@@ -25,7 +25,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
@@ -105,13 +105,12 @@ class Slab:
         return True
 
     def _read_head(self, head: bytes) -> None:
-        magic, version, index, slot_bytes, generation, state_id = _SLAB.unpack_from(head)
-        (checksum,) = _SUM.unpack_from(head, _SLAB.size)
-        sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
-        if (magic, version, sound) == (_SLAB_MAGIC, _VERSION, True):
-            self.cut_generation = generation  # wherever the file comes from: not to be used again
-            if index == self.index:
-                self.slot_bytes, self.state_id = slot_bytes, state_id
+        found = _unpack_head(head)
+        if found is not None:
+            # Wherever the file comes from: not to be used again.
+            self.cut_generation = found.cut_generation
+            if found.number == self.index:
+                self.slot_bytes, self.state_id = found.slot_bytes, found.state_id
         for offset in _NAMES_OFFSETS:
             revision, names = _unpack_names(head[offset : offset + _NAMES_BYTES])
             if revision > self._revision:
@@ -315,6 +314,30 @@ def places(
     """File descriptor and offset of each item's slot."""
     offsets = [slab.offset(item.slot) for item, slab in zip(items, slabs, strict=True)]
     return [slab.fd for slab in slabs], offsets
+
+
+class SlabHead(NamedTuple):
+    """What a slab file says of itself."""
+
+    number: int
+    slot_bytes: int
+    cut_generation: int
+    state_id: bytes
+
+
+def read_head(path: Path) -> SlabHead | None:
+    """For those who only look: None where there is no sound header. Raises OSError."""
+    with path.open("rb") as file:
+        return _unpack_head(file.read(PAGE_BYTES))
+
+
+def _unpack_head(head: bytes) -> SlabHead | None:
+    if len(head) < _SLAB.size + _SUM.size:
+        return None
+    magic, version, *fields = _SLAB.unpack_from(head)
+    (checksum,) = _SUM.unpack_from(head, _SLAB.size)
+    sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
+    return SlabHead(*fields) if (magic, version, sound) == (_SLAB_MAGIC, _VERSION, True) else None
 
 
 def remove_strays(files: Files, slabs: Sequence[Slab], directory: Path) -> None:
