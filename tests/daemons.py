@@ -231,11 +231,14 @@ class Daemon:
             )
         return self
 
-    def start(self) -> Self:
-        """Starts it and waits until it says (as it does to systemd) that it is ready."""
+    def start(self, *, recovered: bool = True) -> Self:
+        """Starts it and waits until it says (as it does to systemd) that it is ready; with
+        `recovered` also until its SSD tier is back.
+        """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             address = f"\0kvtier-test-{os.getpid()}-{self.folder.name}"
             manager.bind(address)
+            logged = len(self.log) if self.log_path.exists() else 0
             self.launch(NOTIFY_SOCKET="@" + address[1:])
             pidfd = os.pidfd_open(self.process.pid)
             try:
@@ -244,7 +247,14 @@ class Daemon:
                 os.close(pidfd)
             assert manager in ready, self.log
             assert manager.recv(100) == b"READY=1", self.log
+        if recovered and "enabled = false" not in self.config_path.read_text():
+            # Not asked for: some tests allow one call at a time.
+            eventually(lambda: "tier.recovered" in self.log[logged:], START_S)
         return self
+
+    def tier_states(self) -> list[str]:
+        """Of DRAM and, if there is one, SSD."""
+        return [tier.state for tier in self.stat().tiers]
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it to the process."""

@@ -94,7 +94,7 @@ def check_recording(
     while part := list(islice(todo, _STATES_AT_ONCE)):
         verdict.states += len(part)
         children = [
-            _Child(part[half::2], folder / f"image-{seed}-{half}", reading) for half in (0, 1)
+            Child(part[half::2], folder / f"image-{seed}-{half}", reading) for half in (0, 1)
         ]
         for child in children:
             child.start()
@@ -116,7 +116,7 @@ def check(seed: int, states_wanted: int, *, steps: int, folder: Path, plant: str
     return total
 
 
-class _Child:
+class Child:
     """A forked process that recovers states, one after the other; forked anew when it dies."""
 
     def __init__(self, todo: list[State], directory: Path, plant: str) -> None:
@@ -160,6 +160,9 @@ class _Child:
             number = int(begun[-1]) if begun else -1
             code = os.waitstatus_to_exitcode(status)
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
+            if number < self._next:
+                problems.append(f"a child ended by {how} before it recovered anything")
+                break
             problems.append(f"{self._todo[number].name}: recovery ended by {how}")
             self._next = number + 1
             self.start()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import crash_plants
 import pytest
-from crash_check import check
+from crash_check import Child, check
 from crash_disk import Disk, Image
 from crash_recording import Event, parse
 
@@ -57,6 +57,12 @@ def test_a_planted_bug_is_caught(plant: str, folder: Path) -> None:
         if problems:
             break
     assert problems, f"nobody noticed: python -m tests.crash --seed {SEED} --plant {plant}"
+
+
+def test_a_child_that_dies_before_it_began_is_a_violation(folder: Path) -> None:
+    child = Child([], folder / "image", "no such plant")
+    child.start()
+    assert any("before it recovered" in problem for problem in child.finish())
 
 
 # --- the model of the disk itself
