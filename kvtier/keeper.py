@@ -48,6 +48,7 @@ from kvtier.recovering import Recovering
 from kvtier.recycling import Recycling
 from kvtier.resizing import Resizing
 from kvtier.scrubbing import Scrubbing
+from kvtier.sections import SsdConfig
 from kvtier.session import Session
 from kvtier.tally import (
     Rates,
@@ -147,20 +148,22 @@ class Keeper:
         self.health = Health(
             ssd, self.ledger, clock, self.in_thread, errors_max=config.tiers.ssd.errors_max
         )
-        ssd_section = config.tiers.ssd
+        self._begin_upkeep(config.tiers.ssd)
+        self._starving = False
+        self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
+
+    def _begin_upkeep(self, section: SsdConfig) -> None:
         self.scrubbing = Scrubbing(
-            ssd, self.ledger, self.tally, clock,
-            bytes_per_s=ssd_section.scrub_bytes_per_s, interval_s=ssd_section.scrub_every_s,
+            self.ssd, self.ledger, self.tally, self._clock,
+            bytes_per_s=section.scrub_bytes_per_s, interval_s=section.scrub_every_s,
             health=self.health, recovering=self.recovering, in_thread=self.in_thread,
             wake=self.wake, stop_by=self.stop_by,
         )  # fmt: skip
         self.resizing = Resizing(
-            ssd, self.ledger, self.moves, self.scrubbing, self.health, self.recovering,
-            self.progress, clock, config=ssd_section, in_thread=self.in_thread, wake=self.wake,
+            self.ssd, self.ledger, self.moves, self.scrubbing, self.health, self.recovering,
+            self.progress, self._clock, config=section, in_thread=self.in_thread, wake=self.wake,
             stop_by=self.stop_by,
         )  # fmt: skip
-        self._starving = False
-        self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
 
     def reconfigure(self, config: Config) -> None:
         """Takes over what may change live; the rest of `config` must be as it was."""

@@ -86,7 +86,9 @@ def is_locked(state_dir: Path) -> bool:
 
 
 def _permissions(state_dir: Path, directory: Path) -> Iterator[Finding]:
-    places = [directory, directory / "slabs", directory / "catalogue"]
+    places = [directory]
+    if _may(directory, os.X_OK):  # else nobody knows whether these are there
+        places += [directory / "slabs", directory / "catalogue"]
     there = [place for place in places if place.exists()]
     shut = [place for place in there if not _may(place, os.R_OK | os.W_OK | os.X_OK)]
     files = [p for place in there for p in _list(place) if p.is_file()]

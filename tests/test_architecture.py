@@ -70,7 +70,7 @@ LAYERS: dict[str, set[str]] = {
     "erasing": {"block", "errors", "failpoints", "ledger", "progress", "recovering", "tiers"},
     "keeper": {"block", "config", "counts", "durability", "erasing", "errors", "failpoints",
                "health", "ledger", "native", "progress", "recovering", "recycling", "resizing",
-               "scrubbing", "session", "tally", "tiers", "transfer", "units"},
+               "scrubbing", "sections", "session", "tally", "tiers", "transfer", "units"},
     "store": {"block", "config", "counts", "errors", "failpoints", "keeper", "ledger", "session",
               "tiers", "units"},
     "server": LEAVES | {"session", "store", "tiers", "v1", "wire"},
