@@ -145,14 +145,14 @@ class Keeper:
         self._sweeping: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._epochs = threading.Lock()
-        self.health = Health(
-            ssd, self.ledger, clock, self.in_thread, errors_max=config.tiers.ssd.errors_max
-        )
         self._begin_upkeep(config.tiers.ssd)
         self._starving = False
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
 
     def _begin_upkeep(self, section: SsdConfig) -> None:
+        self.health = Health(
+            self.ssd, self.ledger, self._clock, self.in_thread, errors_max=section.errors_max
+        )
         self.scrubbing = Scrubbing(
             self.ssd, self.ledger, self.tally, self._clock,
             bytes_per_s=section.scrub_bytes_per_s, interval_s=section.scrub_every_s,

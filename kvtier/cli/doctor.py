@@ -1,4 +1,4 @@
-"""`kvtier doctor`: what this machine offers, and what the daemon says of its own invariants.
+"""`kvtier doctor`: this machine, what lies on disk, and what the daemon says of its own invariants.
 
 Does not: repair anything. Every finding that is not ok says what to do.
 """

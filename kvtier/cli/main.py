@@ -72,7 +72,7 @@ def doctor(
     socket: Socket = "",
     admin_socket: AdminSocket = "",
 ) -> None:
-    """What this machine offers and what the daemon says of itself; status 1 when one fails."""
+    """This machine, what lies on disk, the daemon itself, and what to do; status 1: one fails."""
     from kvtier.cli.doctor import examine
 
     raise typer.Exit(examine(config, socket, admin_socket, as_json=as_json))
