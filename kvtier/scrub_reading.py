@@ -34,7 +34,7 @@ from kvtier.units import MIB, PAGE_BYTES, align_up
 T = TypeVar("T")
 # Of one read: little enough for a promotion that waits behind it, and for the loop.
 _BATCH_BYTES = 4 * MIB
-_BATCH_BLOCKS = 64
+_BATCH_BLOCKS = 32
 _UNREADABLE_MAX = 16  # in a row: it is the device, not a slot
 _LOGGED_MAX = 100
 

@@ -33,6 +33,8 @@ from kvtier.units import MIB, Clock, format_bytes
 RATE_MIN = MIB  # bytes a second
 _LOOK_S = 0.5  # how often a waiting scrub looks whether it may go on
 _SAVED_S = 30.0
+# Between two pieces: a call takes several turns of the loop, and must not find us in each.
+_REST_S = 0.002
 _AHEAD_S = 0.25  # of its rate, after it had to wait
 
 log = logging.getLogger(__name__)
@@ -277,7 +279,7 @@ class Scrubbing:
             if now_s >= save_at_s:
                 save_at_s = now_s + _SAVED_S
                 await self._save(ssd)
-            await self._pause(due_s - now_s)
+            await self._pause(max(due_s - now_s, _REST_S))
         return True
 
     async def _wait(self) -> None:
@@ -310,9 +312,6 @@ class Scrubbing:
             self._wake()
 
     async def _pause(self, seconds: float) -> None:
-        if seconds <= 0:
-            await asyncio.sleep(0)
-            return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopped.wait()
