@@ -6,6 +6,7 @@ Does not: judge.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,14 @@ def spread(rounds: list[list[int]]) -> Spread:
         min(one[len(one) * 99 // 100] for one in ranked) / 1e3,
         max(one[-1] for one in ranked) / 1e3,
     )
+
+
+def histogram(times: list[int]) -> list[tuple[str, int]]:
+    """How many of these nanoseconds lie in each power of two of microseconds, by its upper end."""
+    counts = Counter(max(0, (time_ns // 1000).bit_length()) for time_ns in times)
+    return [
+        (f"under {1 << power} us", counts[power]) for power in range(min(counts), max(counts) + 1)
+    ]
 
 
 def measure(

@@ -17,7 +17,7 @@ import uvloop
 from bench import synthetic
 from bench.daemon import ROOT, Daemon, Setup, attached
 from bench.keys import CHAIN_BLOCKS, chain, chains
-from bench.latency import Spread, measure, measure_async, spread
+from bench.latency import Spread, histogram, measure, measure_async, spread
 from bench.row import Row
 from bench.rpc import empty_call, empty_request
 from kvtier.block import BlockFormat, Keys
@@ -176,7 +176,7 @@ def _during_demotion(held: int, quick: bool) -> list[Row]:
         daemon.start()
         with daemon.client() as client:
             attached(client, block_bytes=BLOCK_BYTES)
-        quiet = uvloop.run(_timed(daemon, _asked(held), 0.3 if quick else 3.0))
+        quiet = spread([uvloop.run(timed(daemon, _asked(held), 0.3 if quick else 3.0))])
         pressure = subprocess.Popen(
             [sys.executable, "-m", "bench.lookup", str(daemon.socket)], cwd=ROOT
         )
@@ -185,26 +185,33 @@ def _during_demotion(held: int, quick: bool) -> list[Row]:
             while _demoted_bytes(daemon) < before + 64 * MIB and pressure.poll() is None:
                 time.sleep(0.05)
             before, start_s = _demoted_bytes(daemon), time.monotonic()
-            busy = uvloop.run(_timed(daemon, _asked(held), 0.5 if quick else 6.0))
+            times = uvloop.run(timed(daemon, _asked(held), 0.5 if quick else 6.0))
             rate = (_demoted_bytes(daemon) - before) / (time.monotonic() - start_s) / 1e9
         finally:
             pressure.kill()
             pressure.wait()
     text = f"aio client, lookup, {held} blocks on SSD"
-    bar = None if quick else "value <= 5000"
     return [
         Row.of(NAME, f"{text}, undisturbed, p99", quiet.p99_us, "us"),
-        Row.of(
-            NAME, f"{text}, during demotion, p99", busy.p99_us, "us", limit=quiet.p99_us, bar=bar
-        ),
-        Row.of(NAME, f"{text}, during demotion, p50", busy.p50_us, "us", limit=quiet.p50_us),
-        Row.of(NAME, f"{text}, during demotion, longest", busy.max_us, "us", limit=quiet.max_us),
+        *disturbed(f"{text}, during demotion", times, quiet, quick=quick),
         Row.of(NAME, "demotion meanwhile", rate, "GB/s"),
     ]
 
 
-async def _timed(daemon: Daemon, asked: list[Keys], seconds: float) -> Spread:
-    """Of all lookups in that time: one round, nothing left out."""
+def disturbed(text: str, times: list[int], quiet: Spread, *, quick: bool) -> list[Row]:
+    """The rows of lookups (ns each, nothing left out) while something else was done."""
+    busy = spread([times])
+    bar = None if quick else "value <= 5000"
+    return [
+        Row.of(NAME, f"{text}, p99", busy.p99_us, "us", limit=quiet.p99_us, bar=bar),
+        Row.of(NAME, f"{text}, p50", busy.p50_us, "us", limit=quiet.p50_us),
+        Row.of(NAME, f"{text}, longest", busy.max_us, "us", limit=quiet.max_us),
+        *(Row.of(NAME, f"{text}, {name}", count, "calls") for name, count in histogram(times)),
+    ]
+
+
+async def timed(daemon: Daemon, asked: list[Keys], seconds: float) -> list[int]:
+    """Nanoseconds of each of all lookups in that time: one round, nothing left out."""
     async with AsyncClient(daemon.socket, deadline_s=10, timeout_s=60) as client:
         space = await _opened(client)
         taken: list[int] = []
@@ -214,7 +221,7 @@ async def _timed(daemon: Daemon, asked: list[Keys], seconds: float) -> Spread:
             found = await space.lookup(asked[len(taken) % len(asked)])
             taken.append(time.perf_counter_ns() - start)
             assert found.block_count == CHAIN_BLOCKS, found
-        return spread([taken])
+        return taken
 
 
 def _demoted_bytes(daemon: Daemon) -> int:

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from bench import synthetic
 from bench.daemon import Daemon, Setup, attached
 from bench.keys import CHAIN_BLOCKS, chain
+from bench.latency import histogram
 from bench.machine import wait_until_quiet
 from bench.row import Row
 from kvtier.block import Keys
@@ -76,6 +77,9 @@ def _rows(case: str, found: list[Restart], floor_s: float, *, quick: bool) -> li
         bar = None if quick else "value <= 5"
         rows.append(Row.of(NAME, f"{case}: lookup, p99", p99_ms, "ms", bar=bar))
         rows.append(Row.of(NAME, f"{case}: lookup, slowest", worst_ms, "ms"))
+        every = [round(taken * 1e9) for one in found for taken in one.lookups_s]
+        for name, count in histogram(every):
+            rows.append(Row.of(NAME, f"{case}: lookup, {name}", count, "calls"))
     return rows
 
 

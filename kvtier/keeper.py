@@ -121,8 +121,7 @@ class Keeper:
             self._moved,
             after_batch=self.wake,
             before_write=self._register,
-            batches_max=max(1, config.server.io_threads // 2),
-            batch_moves_max=config.tiers.ssd.queue_depth_max,
+            batches_max=config.batches_max,
         )
         self.recycling = Recycling(
             dram, self.ledger.slots[self.ledger.top], self.in_thread, self.wake, self._recycled

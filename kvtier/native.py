@@ -29,7 +29,7 @@ import xxhash
 from kvtier.errors import DeviceUnavailable
 
 HEADER_BYTES: Final = 4096
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; not in the mmap module of Python 3.11
 _IOVECS_MAX: Final = 1024
@@ -129,18 +129,21 @@ def slots_write(
     headers: Sequence[int],
     payloads: Sequence[int],
     payload_sizes: Sequence[int],
+    *,
+    depth: int = 1,
 ) -> list[int]:
     """Writes slots: 4096 bytes from `headers[i]`, then `payload_sizes[i]` from `payloads[i]`.
 
     Blocks until written, not until durable (that is `fdatasync`). Offsets and sizes are bytes;
-    for a file opened with O_DIRECT, addresses, offsets and sizes must be multiples of 4096.
+    for a file opened with O_DIRECT, addresses, offsets and sizes must be multiples of 4096. Up to
+    `depth` slots (64 at most; without the library one) are under way at once, in any order.
 
     Returns:
         An errno per slot, 0 when all of it was written; EIO when a write made no progress. A
         failed slot may be partly written. One slot's failure does not stop the others.
     """
     assert len(fds) == len(offsets) == len(headers) == len(payloads) == len(payload_sizes)
-    return _backend.slots_write(fds, offsets, headers, payloads, payload_sizes)
+    return _backend.slots_write(depth, fds, offsets, headers, payloads, payload_sizes)
 
 
 def slots_read(
@@ -150,11 +153,13 @@ def slots_read(
     payloads: Sequence[int],
     payload_sizes: Sequence[int],
     sizes: Sequence[int],
+    *,
+    depth: int = 1,
 ) -> tuple[list[int], list[int]]:
     """Reads slots: 4096 bytes to `headers[i]`, then `payload_sizes[i]` bytes to `payloads[i]`.
 
-    `sizes[i]` is how much of the payload is content rather than padding. Alignment as for
-    `slots_write`. Reads only; the caller compares checksums.
+    `sizes[i]` is how much of the payload is content rather than padding. Alignment and `depth` as
+    for `slots_write`. Reads only; the caller compares checksums.
 
     Returns:
         The XXH3-64 of the first `sizes[i]` payload bytes, and an errno per slot: 0, or why the
@@ -163,7 +168,7 @@ def slots_read(
     """
     assert len(fds) == len(offsets) == len(headers) == len(payloads) == len(payload_sizes)
     assert len(fds) == len(sizes)
-    return _backend.slots_read(fds, offsets, headers, payloads, payload_sizes, sizes)
+    return _backend.slots_read(depth, fds, offsets, headers, payloads, payload_sizes, sizes)
 
 
 def prefault(address: int, size_bytes: int) -> None:
@@ -215,10 +220,10 @@ class _Python:
         self.copy(targets, sources, sizes)
         return self.checksum(targets, sizes)
 
-    def slots_write(self, *columns: Sequence[int]) -> list[int]:
+    def slots_write(self, depth: int, *columns: Sequence[int]) -> list[int]:
         return [_transfer_all(os.pwritev, *slot) for slot in zip(*columns, strict=True)]
 
-    def slots_read(self, *columns: Sequence[int]) -> tuple[list[int], list[int]]:
+    def slots_read(self, depth: int, *columns: Sequence[int]) -> tuple[list[int], list[int]]:
         checksums, errors = [], []
         for *slot, size in zip(*columns, strict=True):
             error = errno.EINVAL if size > slot[4] else _transfer_all(os.preadv, *slot)
@@ -253,6 +258,8 @@ class _Library(_Python):
         count, pointer = ctypes.c_size_t, ctypes.c_void_p
         for name, arrays in _ARRAYS.items():
             getattr(self.library, name).argtypes = (count, *[pointer] * arrays)
+        for name, arrays in _SLOT_ARRAYS.items():
+            getattr(self.library, name).argtypes = (count, ctypes.c_uint32, *[pointer] * arrays)
         self.library.kvt_prefault.argtypes = (pointer, ctypes.c_uint64, pointer)
 
     @property
@@ -280,20 +287,20 @@ class _Library(_Python):
         )
         return list(checksums)
 
-    def slots_write(self, *columns: Sequence[int]) -> list[int]:
+    def slots_write(self, depth: int, *columns: Sequence[int]) -> list[int]:
         fds, *others = columns
         words, ints = ctypes.c_uint64 * len(fds), ctypes.c_int32 * len(fds)
         errors = ints()
         arrays = [words(*column) for column in others]
-        self.library.kvt_slots_write(len(fds), ints(*fds), *arrays, errors)
+        self.library.kvt_slots_write(len(fds), depth, ints(*fds), *arrays, errors)
         return list(errors)
 
-    def slots_read(self, *columns: Sequence[int]) -> tuple[list[int], list[int]]:
+    def slots_read(self, depth: int, *columns: Sequence[int]) -> tuple[list[int], list[int]]:
         fds, *others = columns
         words, ints = ctypes.c_uint64 * len(fds), ctypes.c_int32 * len(fds)
         checksums, errors = words(), ints()
         arrays = [words(*column) for column in others]
-        self.library.kvt_slots_read(len(fds), ints(*fds), *arrays, checksums, errors)
+        self.library.kvt_slots_read(len(fds), depth, ints(*fds), *arrays, checksums, errors)
         return list(checksums), list(errors)
 
     def prefault(self, address: int, size_bytes: int) -> int:
@@ -307,9 +314,8 @@ _ARRAYS: Final = {
     "kvt_checksum": 3,
     "kvt_copy": 3,
     "kvt_copy_checksum": 4,
-    "kvt_slots_write": 6,
-    "kvt_slots_read": 8,
 }
+_SLOT_ARRAYS: Final = {"kvt_slots_write": 6, "kvt_slots_read": 8}  # after count and depth
 
 
 def _view(address: int, size_bytes: int) -> memoryview:

@@ -104,7 +104,7 @@ class SsdConfig:
     high_water: float = key(0.95, "Used share that starts eviction.", live=True, high=1)
     low_water: float = key(0.90, "Used share that ends it.", live=True, high=1)
     direct_io: str = key("auto", "O_DIRECT for slabs.", choices=_MODES)
-    queue_depth_max: int = key(64, "Reads and writes in flight.", high=4096)
+    queue_depth_max: int = key(8, "Reads and writes in flight, each way.", low=1, high=128)
     errors_max: int = key(3, "Failures in a row that ask for a probe.", live=True, low=1)
     scrub_bytes_per_s: int = key(64 * MIB, "A scrub reads so much.", live=True, low=MIB)
     scrub_every_s: float = key(604800.0, "From scrub to scrub. 0: only when asked.", live=True)
@@ -183,6 +183,11 @@ class Config:
             tenants = (TenantConfig("default", uids=self.server.allowed_uids),)
             object.__setattr__(self, "tenants", tenants)
         _check(self)
+
+    @property
+    def batches_max(self) -> int:
+        """Batches of moves at once on each route: the other I/O threads are for what is urgent."""
+        return max(1, self.server.io_threads // 2)
 
 
 SECTIONS: dict[str, Any] = {

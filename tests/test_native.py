@@ -164,8 +164,9 @@ def open_direct(file: Path) -> int:
         return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
 
 
-@pytest.mark.parametrize("payload_sizes", [[4096, 0, 2 * MIB], [8192, 12288, 4096]])
-def test_slots_come_back(path: str, tmp_path: Path, payload_sizes: list[int]) -> None:
+@pytest.mark.parametrize("depth", [0, 1, 3, 1000])
+@pytest.mark.parametrize("payload_sizes", [[4096, 0, 2 * MIB], [8192, 12288, 4096] * 30])
+def test_slots_come_back(path: str, tmp_path: Path, payload_sizes: list[int], depth: int) -> None:
     fd = open_direct(tmp_path / "slab")
     count, stride = len(payload_sizes), HEADER_BYTES + 2 * MIB
     offsets = [i * stride for i in range(count)]
@@ -175,8 +176,9 @@ def test_slots_come_back(path: str, tmp_path: Path, payload_sizes: list[int]) ->
     fds = [fd] * count
 
     errors = native.slots_write(
-        fds, offsets, [h.address for h in headers], [p.address for p in payloads], payload_sizes
-    )
+        fds, offsets, [h.address for h in headers], [p.address for p in payloads], payload_sizes,
+        depth=depth,
+    )  # fmt: skip
     assert errors == [0] * count
 
     got_headers = [AlignedBuffer(HEADER_BYTES) for _ in range(count)]
@@ -188,6 +190,7 @@ def test_slots_come_back(path: str, tmp_path: Path, payload_sizes: list[int]) ->
         [p.address for p in got_payloads],
         payload_sizes,
         sizes,
+        depth=depth,
     )
     assert errors == [0] * count
     for i in range(count):
@@ -227,11 +230,11 @@ def test_bad_descriptor_and_bad_size_fail_their_own_slot(path: str, tmp_path: Pa
     buffer = AlignedBuffer(2 * 4096)
     headers, payloads = [buffer.address] * 3, [buffer.address + HEADER_BYTES] * 3
 
-    errors = native.slots_write([fd, -1, fd], [0, 0, 8192], headers, payloads, [4096] * 3)
+    errors = native.slots_write([fd, -1, fd], [0, 0, 8192], headers, payloads, [4096] * 3, depth=2)
     assert errors == [0, errno.EBADF, 0]
 
     checksums, errors = native.slots_read(
-        [fd, -1, fd], [0, 0, 8192], headers, payloads, [4096] * 3, [4096, 4096, 4097]
+        [fd, -1, fd], [0, 0, 8192], headers, payloads, [4096] * 3, [4096, 4096, 4097], depth=3
     )
     assert errors == [0, errno.EBADF, errno.EINVAL]
     assert checksums == [xxhash.xxh3_64_intdigest(bytes(4096)), 0, 0]

@@ -94,6 +94,7 @@ async def serve(
 async def build_store(config: Config) -> Store:
     """The tiers of this configuration and the store on them. Memory is prefaulted off the loop."""
     from kvtier.tiers.dram import DramTier
+    from kvtier.tiers.files import Files
     from kvtier.tiers.slab import SLAB_RESERVED_BYTES
     from kvtier.tiers.ssd import SsdTier
 
@@ -116,6 +117,7 @@ async def build_store(config: Config) -> Store:
                 ssd.segment_bytes - SLAB_RESERVED_BYTES,  # a slab file is a segment's size
                 direct_io=ssd.direct_io,
                 min_free_bytes=ssd.min_free_bytes,
+                files=Files(max(1, ssd.queue_depth_max // config.batches_max)),
                 record_crashes=True,
             )
         return await Store.open(config, dram=dram_tier, ssd=ssd_tier, clock=SystemClock())

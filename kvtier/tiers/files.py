@@ -21,7 +21,13 @@ class Files:
     """The operating system's files. Stateless; any thread. Raises OSError where not said otherwise.
 
     Nothing is durable before `sync` (contents) or `sync_directory` (names), but `replace` is.
+    `depth`: how many slots of one batch are read or written at once.
     """
+
+    depth = 4
+
+    def __init__(self, depth: int = depth) -> None:
+        self.depth = depth
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
         """A file descriptor, closed on exec; links are not followed."""
@@ -61,7 +67,7 @@ class Files:
         sizes: Sequence[int],
     ) -> list[int]:
         """As `native.slots_write`: an errno per slot."""
-        return native.slots_write(fds, offsets, headers, payloads, sizes)
+        return native.slots_write(fds, offsets, headers, payloads, sizes, depth=self.depth)
 
     def read_slots(
         self,
@@ -73,7 +79,7 @@ class Files:
         used: Sequence[int],
     ) -> tuple[list[int], list[int]]:
         """As `native.slots_read`: a checksum and an errno per slot."""
-        return native.slots_read(fds, offsets, headers, payloads, sizes, used)
+        return native.slots_read(fds, offsets, headers, payloads, sizes, used, depth=self.depth)
 
     def sync(self, fd: int) -> None:
         """What was written to the file is on stable storage; after an error nothing is known."""

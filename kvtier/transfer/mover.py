@@ -73,7 +73,7 @@ class Mover:
         after_batch: Callable[[], None],
         before_write: Callable[[Sequence[Move]], None],
         batches_max: int = 2,
-        batch_moves_max: int = 64,
+        batch_moves_max: int = 512,
         batch_bytes_max: int = 64 * MIB,
     ) -> None:
         self._tiers = tiers

@@ -396,8 +396,8 @@ def test_errors_of_reading_are_told_per_item(
     blocks = write(tier, 2)
     real = native.slots_read
 
-    def failing(*arguments: list[int]) -> tuple[list[int], list[int]]:
-        checksums, errors = real(*arguments)
+    def failing(*arguments: list[int], depth: int) -> tuple[list[int], list[int]]:
+        checksums, errors = real(*arguments, depth=depth)
         return checksums, [errno.EIO, *errors[1:]]
 
     monkeypatch.setattr(native, "slots_read", failing)

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVT_ABI_VERSION 3
+#define KVT_ABI_VERSION 4
 #define KVT_HEADER_BYTES 4096
 #define KVT_EXPORT __attribute__((visibility("default")))
 
@@ -42,20 +42,23 @@ KVT_EXPORT int32_t kvt_copy_checksum(size_t n, void* const dst[], const void* co
 
 // Writes KVT_HEADER_BYTES from header[i], then payload_len[i] bytes from payload[i], to fd[i] at
 // offset[i]. err[i] = 0 when all of it was written, else errno (EIO when a write makes no
-// progress); a failed item may be partly written, the others are not affected. Alignment for
-// O_DIRECT is the caller's. Returns the number of failed items.
-KVT_EXPORT int32_t kvt_slots_write(size_t n, const int32_t fd[], const uint64_t offset[],
-                                   const void* const header[], const void* const payload[],
-                                   const uint64_t payload_len[], int32_t err[]);
+// progress); a failed item may be partly written, the others are not affected. Up to `depth` items
+// (64 at most) are under way at once, in any order, on threads that end before this returns.
+// Alignment for O_DIRECT is the caller's. Returns the number of failed items.
+KVT_EXPORT int32_t kvt_slots_write(size_t n, uint32_t depth, const int32_t fd[],
+                                   const uint64_t offset[], const void* const header[],
+                                   const void* const payload[], const uint64_t payload_len[],
+                                   int32_t err[]);
 
 // Reads KVT_HEADER_BYTES to header_out[i], then payload_len[i] bytes to payload_out[i], from fd[i]
 // at offset[i]; checksum_out[i] = XXH3-64 of the first size[i] payload bytes. err[i] = 0, else
 // errno: EIO when the file ends before the slot does, EINVAL when size[i] > payload_len[i] (then
-// nothing was read). With err[i] != 0, checksum_out[i] is 0. Returns the number of failed items.
-KVT_EXPORT int32_t kvt_slots_read(size_t n, const int32_t fd[], const uint64_t offset[],
-                                  void* const header_out[], void* const payload_out[],
-                                  const uint64_t payload_len[], const uint64_t size[],
-                                  uint64_t checksum_out[], int32_t err[]);
+// nothing was read). With err[i] != 0, checksum_out[i] is 0. `depth` as for writing. Returns the
+// number of failed items.
+KVT_EXPORT int32_t kvt_slots_read(size_t n, uint32_t depth, const int32_t fd[],
+                                  const uint64_t offset[], void* const header_out[],
+                                  void* const payload_out[], const uint64_t payload_len[],
+                                  const uint64_t size[], uint64_t checksum_out[], int32_t err[]);
 
 // Gives every page that touches [ptr, ptr + len) its memory now, contents kept. Returns 0 or
 // errno, also in *err: ENOMEM (not mapped, or no memory), EFAULT (a later write there would have
