@@ -5,7 +5,7 @@ Does not: count anything. The store fills these in when asked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtier.block import NamespaceSpec, Reason, TierId
 
@@ -86,6 +86,26 @@ class BlockUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ScrubUse:
+    """The scrub of the SSD tier: the one under way, else (`state` "idle") the last one. `detail`
+    says why it waits, or ended early. Times in seconds, `ended_s` since 1970; 0 = never, none.
+    """
+
+    state: str = "idle"  # idle, running or waiting
+    detail: str = ""
+    scheduled: bool = False
+    progress: float = 0.0  # 0..1
+    bytes_per_s: int = 0
+    elapsed_s: float = 0.0
+    block_count: int = 0
+    read_bytes: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)  # by what was wrong
+    stray_count: int = 0
+    ended_s: float = 0.0
+    next_in_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StoreCounts:
     """Everything `kvtier stat` shows but the daemon's own name, pid and version."""
 
@@ -105,6 +125,8 @@ class StoreCounts:
     routes: tuple[RouteUse, ...]
     namespaces: tuple[NamespaceUse, ...]
     corrupt_count: int
+    corrupt: dict[str, int]  # copies, by what was wrong
+    scrub: ScrubUse
     stored_blocks: int
     evicted_blocks: int
     events_revision: int

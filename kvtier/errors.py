@@ -124,10 +124,25 @@ class DaemonUnavailable(KvTierError):
 
 
 class BlockCorrupt(KvTierError):
-    """Magic, identity, length or checksum is wrong. The copy is dropped, never served."""
+    """Magic, identity, length or checksum is wrong. The copy is dropped, never served.
+
+    `damage` says what of it, for counting: "header" (none, or not whole), "payload", "misplaced"
+    (another block's, or another slot's), "stale" (an older writing of this block).
+    """
 
     grpc_code = "DATA_LOSS"
     reason = "BLOCK_CORRUPT"
+
+    def __init__(self, message: str = "", *, damage: str = "payload") -> None:
+        super().__init__(message)
+        self.damage = damage
+
+
+class Unsupported(KvTierError):
+    """This version of kvtier cannot do that; the message says what it can. Nothing was changed."""
+
+    grpc_code = "UNIMPLEMENTED"
+    reason = "UNSUPPORTED"
 
 
 class TierFailed(KvTierError):

@@ -46,12 +46,16 @@ from kvtier.ledger.search import Span, all_in
 from kvtier.progress import EventRing, Progress
 from kvtier.recovering import Recovering
 from kvtier.recycling import Recycling
+from kvtier.resizing import Resizing
+from kvtier.scrubbing import Scrubbing
+from kvtier.sections import SsdConfig
 from kvtier.session import Session
 from kvtier.tally import (
     Rates,
     Tally,
     block_uses,
     bytes_in_and_out,
+    damage_of,
     namespace_uses,
     route_uses,
     session_uses,
@@ -141,12 +145,26 @@ class Keeper:
         self._sweeping: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._epochs = threading.Lock()
-        self.health = Health(
-            ssd, self.ledger, clock, self.in_thread, errors_max=config.tiers.ssd.errors_max
-        )
-        self._ssd_tend_at_s = self._started_s + _SSD_TEND_S
+        self._begin_upkeep(config.tiers.ssd)
         self._starving = False
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
+
+    def _begin_upkeep(self, section: SsdConfig) -> None:
+        self._ssd_tend_at_s = self._started_s + _SSD_TEND_S
+        self.health = Health(
+            self.ssd, self.ledger, self._clock, self.in_thread, errors_max=section.errors_max
+        )
+        self.scrubbing = Scrubbing(
+            self.ssd, self.ledger, self.tally, self._clock,
+            bytes_per_s=section.scrub_bytes_per_s, interval_s=section.scrub_every_s,
+            health=self.health, recovering=self.recovering, in_thread=self.in_thread,
+            wake=self.wake, stop_by=self.stop_by,
+        )  # fmt: skip
+        self.resizing = Resizing(
+            self.ssd, self.ledger, self.moves, self.scrubbing, self.health, self.recovering,
+            self.progress, self._clock, config=section, in_thread=self.in_thread, wake=self.wake,
+            stop_by=self.stop_by,
+        )  # fmt: skip
 
     def reconfigure(self, config: Config) -> None:
         """Takes over what may change live; the rest of `config` must be as it was."""
@@ -154,7 +172,10 @@ class Keeper:
             self.bypassed = config.server.bypass
         self.config = config
         self.moves.in_flight_max = config.limits.moves_in_flight_max
-        self.health.errors_max = config.tiers.ssd.errors_max
+        ssd = config.tiers.ssd
+        self.health.errors_max = ssd.errors_max
+        self.scrubbing.reconfigure(bytes_per_s=ssd.scrub_bytes_per_s, interval_s=ssd.scrub_every_s)
+        self.resizing.config = ssd
         self.wake()
 
     def now_s(self) -> float:
@@ -270,6 +291,7 @@ class Keeper:
         for reservation in () if self.single_tenant else self.filling.expire(now_s):
             self.on_reservation_over(reservation)
         self.filling.expire_partials(now_s)
+        self.scrubbing.tick()
         self._rates.update(now_s, bytes_in_and_out(self.tally, self.mover, self.ledger))
         if self._starving:
             self._starving = False
@@ -372,6 +394,8 @@ class Keeper:
             # A copy that cannot be read is a miss from now on, whatever the reason; but a daemon
             # that is stopping reads nothing and loses nothing.
             lost = any(not _is_stopping(error) for error in errors)
+            if lost:
+                self.tally.corrupt[damage_of(errors[0])] += 1
             self.moves.abort_move(move, source_corrupt=lost)
         else:
             self.moves.abort_move(move, source_corrupt=False, written=not _is_stopping(errors[0]))
@@ -418,6 +442,8 @@ class Keeper:
         """Flushes within the grace, waits for bytes in flight, closes the tiers in order."""
         self.draining = True
         self.progress.notify()
+        await self.resizing.close()
+        await self.scrubbing.close()
         if self._tending is not None and not self._tending.done():
             try:
                 await self.durability.flush(grace_s)
@@ -492,7 +518,6 @@ class Keeper:
         now_s, tally, ledger = self.now_s(), self.tally, self.ledger
         reservations = self.filling.reservations.values()
         errors = {TierId.DRAM: self.dram.counts().error_count}
-        corrupt = ledger.corrupt_blocks
         if self.ssd is not None:
             errors[TierId.SSD] = self.ssd.counts().error_count
         states = {} if self.recovering.is_over else {TierId.SSD: self.recovering.state}
@@ -514,7 +539,9 @@ class Keeper:
             sessions=session_uses(sessions, now_s),
             routes=route_uses(self.mover),
             namespaces=tuple(namespace_uses(ledger)[:namespaces_max]),
-            corrupt_count=corrupt,
+            corrupt_count=ledger.corrupt_blocks,
+            corrupt=dict(tally.corrupt),
+            scrub=self.scrubbing.use(),
             stored_blocks=tally.stored_blocks,
             evicted_blocks=ledger.evicted_blocks,
             events_revision=self.events.revision,
@@ -537,6 +564,7 @@ class Keeper:
         """Runs every invariant check; the problems found, as sentences."""
         problems: list[str] = []
         held = self.filling.held_slots()
+        held[TierId.SSD] = held.get(TierId.SSD, 0) + self.scrubbing.held_count
         for tier, count in self.moves.held_slots().items():
             held[tier] = held.get(tier, 0) + count
         checks: list[Callable[[], Any]] = [lambda: self.ledger.check(held=held), self.dram.check]

@@ -62,6 +62,10 @@ RPC_SERIES: Final = (
     ("kvtier_rpc_calls_total", "counter", "Calls by method.", ("method",)),
     ("kvtier_rpc_failures_total", "counter", "Failed calls by reason.", ("method", "reason")),
 )
+SCRUB_SERIES: Final = (
+    ("kvtier_scrub_progress_ratio", "gauge", "Of the scrub under way.", "progress"),
+    ("kvtier_scrub_ended_timestamp_seconds", "gauge", "All was last read then.", "ended_s"),
+)
 _Series = Sequence[tuple[str, str, str, str]]
 
 
@@ -95,6 +99,11 @@ class StoreCollector:
         for reason, count in counts.reasons.items():
             reasons.add_metric((reason.value,), count)
         yield reasons
+        yield from _families(SCRUB_SERIES, (), [((), counts.scrub)])
+        damage = _family("kvtier_corrupt_copies_total", "counter", "By damage.", ("damage",))
+        for kind, count in counts.corrupt.items():
+            damage.add_metric((kind,), count)
+        yield damage
         state = _family("kvtier_state", "gauge", "1 for the state it is in.", ("state",))
         for name in ("serving", "draining", "bypassed"):
             state.add_metric((name,), float(counts.state == name))

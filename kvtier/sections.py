@@ -106,6 +106,8 @@ class SsdConfig:
     direct_io: str = key("auto", "O_DIRECT for slabs.", choices=_MODES)
     queue_depth_max: int = key(8, "Reads and writes in flight, each way.", low=1, high=128)
     errors_max: int = key(3, "Failures in a row that ask for a probe.", live=True, low=1)
+    scrub_bytes_per_s: int = key(64 * MIB, "A scrub reads so much.", live=True, low=MIB)
+    scrub_every_s: float = key(604800.0, "From scrub to scrub. 0: only when asked.", live=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segment_bytes", _segment_bytes(self, 16 * MIB))

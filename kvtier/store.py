@@ -51,7 +51,7 @@ from kvtier.keeper import Keeper
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import RESERVE_KEYS_MAX
 from kvtier.ledger.holdings import Entry, Lease, Reservation
-from kvtier.ledger.ledger import segments_of
+from kvtier.ledger.neighbours import segments_of
 from kvtier.ledger.search import Span, cut_spans
 from kvtier.session import Session
 from kvtier.testing.failpoints import reach

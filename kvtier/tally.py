@@ -5,11 +5,13 @@ Does not: decide anything; nothing here is read back by the store.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.block import Found, Keys, Reason, TierId
 from kvtier.counts import BlockUse, NamespaceUse, RouteUse, SessionUse, TierUse
+from kvtier.errors import BlockCorrupt, KvTierError
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 from kvtier.session import Session
@@ -35,6 +37,8 @@ class Tally:
     predecessor_bytes: int = 0
     hit_blocks_by_tier: dict[TierId, int] = field(default_factory=lambda: dict.fromkeys(TierId, 0))
     reasons: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
+    # Copies that were dropped as damaged, by `damage_of` what was read.
+    corrupt: Counter[str] = field(default_factory=Counter)
 
     def lookup(self, asked: Sequence[tuple[Namespace, Keys]], found: Sequence[Found]) -> None:
         """Counts the answer of one lookup."""
@@ -49,6 +53,11 @@ class Tally:
             for run in one.runs:
                 self.hit_blocks_by_tier[run.tier] += run.block_count
             self.reasons[one.reason] += 1
+
+
+def damage_of(error: KvTierError) -> str:
+    """What a copy that could not be read is counted as."""
+    return error.damage if isinstance(error, BlockCorrupt) else "unreadable"
 
 
 class Rates:

@@ -269,6 +269,13 @@ def decode_event(message: cache_pb2.WatchResponse, namespace_id: int) -> block.E
     )
 
 
+def decode_tier(number: int) -> TierId:
+    """Raises InvalidRequest: there is no such tier."""
+    if number not in _TIERS:
+        raise InvalidRequest(f"tier {number} is none of {', '.join(t.label for t in TierId)}")
+    return _TIERS[number]
+
+
 # --- errors
 
 

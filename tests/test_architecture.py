@@ -20,10 +20,10 @@ FUNCTION_LINES_MAX = 70
 # A ratchet: what is longer today may shrink, never grow. Lower the number when it does.
 LONGER_FILES: dict[str, int] = {
     "block.py": 487,
-    "keeper.py": 572,
+    "keeper.py": 570,
     "ledger/ledger.py": 671,
     "ledger/moves.py": 411,
-    "store.py": 782,
+    "store.py": 772,
 }
 
 # A unit may import itself, and only what is listed here. Read it top-down: nothing points down.
@@ -51,19 +51,26 @@ LAYERS: dict[str, set[str]] = {
     "tiers": {"block", "errors", "failpoints", "machine", "native", "units"},
     "codec": {"block", "errors", "native", "units"},
     "transfer": {"block", "codec", "errors", "failpoints", "native", "tiers", "units"},
+    "state_findings": {"config", "findings", "machine", "tiers", "units"},
     # The store and what it is made of: where deciding meets doing.
     "session": {"tiers"},
     "progress": {"block", "ledger"},
     "recycling": {"ledger", "session", "tiers"},
-    "tally": {"block", "counts", "ledger", "session", "transfer"},
+    "tally": {"block", "counts", "errors", "ledger", "session", "transfer"},
     "recovering": {"block", "errors", "failpoints", "ledger", "tally", "tiers", "units"},
     "durability": {"block", "errors", "failpoints", "ledger", "progress", "recovering", "tiers",
                    "transfer", "units"},
     "health": {"block", "errors", "ledger", "tiers", "units"},
+    "scrub_reading": {"block", "errors", "failpoints", "ledger", "native", "tally", "tiers",
+                      "units"},
+    "scrubbing": {"block", "counts", "errors", "health", "ledger", "recovering", "scrub_reading",
+                  "tally", "tiers", "units"},
+    "resizing": {"block", "errors", "failpoints", "health", "ledger", "native", "progress",
+                 "recovering", "scrub_reading", "scrubbing", "sections", "tiers", "units"},
     "erasing": {"block", "errors", "failpoints", "ledger", "progress", "recovering", "tiers"},
     "keeper": {"block", "config", "counts", "durability", "erasing", "errors", "failpoints",
-               "health", "ledger", "native", "progress", "recovering", "recycling", "session",
-               "tally", "tiers", "transfer", "units"},
+               "health", "ledger", "native", "progress", "recovering", "recycling", "resizing",
+               "scrubbing", "sections", "session", "tally", "tiers", "transfer", "units"},
     "store": {"block", "config", "counts", "errors", "failpoints", "keeper", "ledger", "session",
               "tiers", "units"},
     "server": LEAVES | {"session", "store", "tiers", "v1", "wire"},
@@ -71,7 +78,7 @@ LAYERS: dict[str, set[str]] = {
     "client": {"block", "config", "errors", "sections", "tiers", "units", "v1", "wire"},
     "connectors": {"block", "client", "codec", "errors", "transfer", "units"},
     "testing": LEAVES | {"codec", "ledger", "tiers", "transfer"},
-    "cli": LEAVES | {"client", "connectors", "server", "testing"},
+    "cli": LEAVES | {"client", "connectors", "server", "state_findings", "testing"},
     "__main__": {"cli"},
 }  # fmt: skip
 # The ledger decides; it must be able to run inside a property test with no clock and no loop.

@@ -396,6 +396,7 @@ def test_live_keys_are_exactly_these(tmp_path: Path) -> None:
         *("server.grace_s", "server.log_level", "server.bypass"),
         *("tiers.dram.high_water", "tiers.dram.low_water"),
         *("tiers.ssd.high_water", "tiers.ssd.low_water", "tiers.ssd.errors_max"),
+        *("tiers.ssd.scrub_bytes_per_s", "tiers.ssd.scrub_every_s"),
     }
     assert {n for n in configuration._KEYS if n.startswith("limits.")} <= live
 

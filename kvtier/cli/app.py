@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from kvtier.errors import KvTierError
+from kvtier.errors import DaemonUnavailable, KvTierError
+
+if TYPE_CHECKING:
+    from kvtier.client.admin import AdminClient
 
 USAGE = 2
 EPILOG = (
@@ -100,3 +103,15 @@ def admin_path(socket: str, admin_socket: str) -> Path:
 
     environ = {**os.environ, "KVTIER_SOCKET": socket} if socket else os.environ
     return default_socket(environ).parent / "admin.sock"
+
+
+def open_admin(socket: str, admin_socket: str) -> AdminClient:
+    """A connection to the admin socket. Raises DaemonUnavailable when there is no such socket."""
+    path = admin_path(socket, admin_socket)
+    if not path.exists():
+        raise DaemonUnavailable(
+            f"no daemon: there is no {path}; start one (kvtier serve), or name its --socket"
+        )
+    from kvtier.client.admin import AdminClient
+
+    return AdminClient(path)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli import operator
+from kvtier.cli import operator, upkeep
 from kvtier.cli.app import EPILOG, AdminSocket, ConfigFile, Json, Socket, new_app, print_json
 
 app = new_app(
@@ -56,6 +56,8 @@ for command in (
     operator.drain,
     operator.flush,
     operator.heal,
+    upkeep.scrub,
+    upkeep.resize,
     operator.bypass,
     operator.check,
     operator.health,
@@ -70,7 +72,7 @@ def doctor(
     socket: Socket = "",
     admin_socket: AdminSocket = "",
 ) -> None:
-    """What this machine offers and what the daemon says of itself; status 1 when one fails."""
+    """This machine, what lies on disk, the daemon itself, and what to do; status 1: one fails."""
     from kvtier.cli.doctor import examine
 
     raise typer.Exit(examine(config, socket, admin_socket, as_json=as_json))

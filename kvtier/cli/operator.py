@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvtier.cli.app import USAGE, AdminSocket, Json, Socket, Yes, admin_path, fail, print_json
+from kvtier.cli.app import USAGE, AdminSocket, Json, Socket, Yes, fail, open_admin, print_json
 from kvtier.errors import DaemonUnavailable, NotFound
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def stat(
     from kvtier.cli import render
     from kvtier.cli.plain import plain_stat
 
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         if not watch:
             answer = plain_stat(admin.stat(namespaces_max=namespaces_max))
             print_json(answer) if as_json else render.console().print(render.stat(answer))
@@ -61,7 +61,7 @@ def namespaces(
     """All namespaces; --diff A B answers the first question at a hit rate of 0 %."""
     from kvtier.cli import render
 
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         entries = _namespaces(admin)
     if diff is None:
         print_json({"namespaces": entries}) if as_json else _print(render.namespaces(entries))
@@ -91,7 +91,7 @@ def blocks(
     from kvtier.cli.plain import plain
 
     listed: list[dict[str, Any]] = []
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         namespace_id = _id(admin, space)
         token, more = "", True
         while more and len(listed) < limit:
@@ -118,7 +118,7 @@ def evict(
 ) -> None:
     """Forgets blocks and all that follow them; without keys, the whole namespace."""
     wanted = _keys(keys or [])
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         namespace_id = _id(admin, space)
         if not wanted and not yes:
             _confirm(f"Forget every block of namespace {namespace_id}?")
@@ -134,7 +134,7 @@ def pin(
     admin_socket: AdminSocket = "",
 ) -> None:
     """Keeps blocks from being forgotten until they are unpinned."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         pinned = admin.pin(_id(admin, space), _keys(keys)).block_count
     _say(as_json, {"pinned_blocks": pinned}, f"{pinned:,} blocks pinned.")
 
@@ -147,7 +147,7 @@ def unpin(
     admin_socket: AdminSocket = "",
 ) -> None:
     """Undoes one pin of the same blocks."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         unpinned = admin.unpin(_id(admin, space), _keys(keys)).block_count
     _say(as_json, {"unpinned_blocks": unpinned}, f"{unpinned:,} blocks unpinned.")
 
@@ -160,7 +160,7 @@ def drain(
     admin_socket: AdminSocket = "",
 ) -> None:
     """Stops taking stores and writes everything to the SSD tier; lookups go on."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         answer = admin.undrain() if undo else admin.drain(timeout_s)
     _flushed(as_json, "Stores are taken again." if undo else "Drained", answer, undo)
 
@@ -172,14 +172,14 @@ def flush(
     admin_socket: AdminSocket = "",
 ) -> None:
     """Writes what is only in memory to the SSD tier, durably."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         answer = admin.flush(timeout_s)
     _flushed(as_json, "Flushed", answer, False)
 
 
 def heal(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket = "") -> None:
     """Tries a degraded SSD tier at once; it heals by itself, but after a pause."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         before = admin.heal().state
     _say(as_json, {"before": before, "state": "serving"}, f"The SSD tier serves (was {before}).")
 
@@ -194,7 +194,7 @@ def bypass(
     """Every lookup misses and nothing is stored, without touching an engine; and back."""
     if state not in ("on", "off"):
         fail(f"bypass is on or off, not {state!r}", status=USAGE)
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         namespace_id = _id(admin, namespace) if namespace else 0
         is_on = admin.bypass(on=state == "on", namespace_id=namespace_id).on
     where = f"namespace {namespace_id}" if namespace else "the whole daemon"
@@ -203,7 +203,7 @@ def bypass(
 
 def check(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket = "") -> None:
     """Runs every invariant check of the daemon's books; status 1 when one does not hold."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         answer = admin.check()
     problems = list(answer.problems)
     text = "\n".join(["The daemon's books disagree:", *problems]) if problems else "All hold."
@@ -214,24 +214,12 @@ def check(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket 
 
 def health(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket = "") -> None:
     """Whether the daemon serves; status 0 when it does, 4 when not: for probes."""
-    with _admin(socket, admin_socket) as admin:
+    with open_admin(socket, admin_socket) as admin:
         serving = admin.stat().state != "draining"
     text = "serving" if serving else "not serving"
     _say(as_json, {"serving": serving}, text)
     if not serving:
         raise typer.Exit(DaemonUnavailable.exit_status)
-
-
-def _admin(socket: str, admin_socket: str) -> AdminClient:
-    """A connection to the admin socket. Raises DaemonUnavailable when there is no such socket."""
-    path = admin_path(socket, admin_socket)
-    if not path.exists():
-        raise DaemonUnavailable(
-            f"no daemon: there is no {path}; start one (kvtier serve), or name its --socket"
-        )
-    from kvtier.client.admin import AdminClient
-
-    return AdminClient(path)
 
 
 def _namespaces(admin: AdminClient) -> list[dict[str, Any]]:

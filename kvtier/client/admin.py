@@ -11,11 +11,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, Self
 
+from kvtier.block import TierId
 from kvtier.client.keys import KeysLike, packed_keys
 from kvtier.client.link import CHANNEL_OPTIONS, channel_target, socket_path
 from kvtier.client.steps import call_error, call_failures
 from kvtier.config import default_socket
 from kvtier.v1 import admin_pb2
+from kvtier.wire import TIER_NUMBERS
 
 
 class AdminClient:
@@ -105,6 +107,38 @@ class AdminClient:
     def heal(self) -> admin_pb2.HealResponse:
         """Has a degraded SSD tier tried at once. Raises TierFailed: it is not well."""
         answer: admin_pb2.HealResponse = self._call("Heal", admin_pb2.HealRequest())
+        return answer
+
+    def start_scrub(self, bytes_per_s: int = 0) -> admin_pb2.ScrubResponse:
+        """Begins to read all of the SSD tier, at that rate (0: the configured one), and to drop
+        what is damaged. Raises LimitReached (one is under way), InvalidRequest, TierFailed.
+        """
+        return self._scrub(admin_pb2.SCRUB_ACTION_START, bytes_per_s)
+
+    def stop_scrub(self) -> admin_pb2.ScrubResponse:
+        """Ends it where it is; nothing happens when there is none."""
+        return self._scrub(admin_pb2.SCRUB_ACTION_STOP)
+
+    def scrub(self) -> admin_pb2.ScrubResponse:
+        """The scrub under way, else the last one."""
+        return self._scrub(admin_pb2.SCRUB_ACTION_UNSPECIFIED)
+
+    def _scrub(
+        self, action: admin_pb2.ScrubAction, bytes_per_s: int = 0
+    ) -> admin_pb2.ScrubResponse:
+        request = admin_pb2.ScrubRequest(action=action, bytes_per_s=bytes_per_s)
+        answer: admin_pb2.ScrubResponse = self._call("Scrub", request, 60.0)
+        return answer
+
+    def resize(
+        self, tier: TierId, size_bytes: int, wait_s: float = 3600.0
+    ) -> admin_pb2.ResizeTierResponse:
+        """Gives the tier another size, until the next start; waits at most `wait_s` seconds for
+        it, after which it goes on. Raises Unsupported, InvalidRequest, TierFull, TierFailed,
+        LimitReached (one is under way).
+        """
+        request = admin_pb2.ResizeTierRequest(tier=TIER_NUMBERS[tier], size_bytes=size_bytes)
+        answer: admin_pb2.ResizeTierResponse = self._call("ResizeTier", request, wait_s)
         return answer
 
     def bypass(self, *, on: bool, namespace_id: int = 0) -> admin_pb2.BypassResponse:

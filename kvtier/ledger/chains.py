@@ -270,13 +270,9 @@ class Chains:
     # --- copies
 
     def put_copy(
-        self,
-        run: Run,
-        place: int,
-        tier: TierId,
-        slots: Sequence[int],
+        self, run: Run, place: int, tier: TierId, slots: Sequence[int],
         checksums: Sequence[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The block has a readable copy in the tier now: one slot (and checksum) a shard."""
         space, bit = run.space, 1 << tier
         assert not run.state[place] & bit, "a block has at most one copy in a tier"
@@ -329,6 +325,15 @@ class Chains:
         self.slots[tier].set_owner(slots, 0)
         return slots
 
+    def move_copy(self, run: Run, place: int, tier: TierId, slots: Sequence[int]) -> array[int]:
+        """The copy lies in these slots from now on; returns the former, still acquired."""
+        former, held, first = run.slots_of(place, tier), run.slots[tier], place * run.space.shards
+        assert held is not None
+        held[first : first + len(former)] = array("I", slots)
+        self.slots[tier].set_owner(former, 0)
+        self.slots[tier].set_owner(slots, run.id)
+        return former
+
     def _count_dirty(self, run: Run, delta: int) -> None:
         if run.condemned:
             return
@@ -359,10 +364,8 @@ class Chains:
             self._check_run(run)
             for tier in self.slots:
                 held_runs[tier] += bool(run.held[tier])
-        if (
-            self.dirty_count != sum(self.dirty.values())
-            or not self.dirty.keys() <= self.runs.keys()
-        ):
+        known = self.dirty.keys() <= self.runs.keys()
+        if not known or self.dirty_count != sum(self.dirty.values()):
             raise InvariantViolated(f"{self.dirty_count} dirty blocks, by run: {self.dirty}")
         for tier, policy in self.policies.items():
             if len(policy) != held_runs[tier]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 
 from kvtier.block import (
@@ -41,7 +40,8 @@ from kvtier.ledger.holdings import Lease
 from kvtier.ledger.index import Index
 from kvtier.ledger.policy import make_policy
 from kvtier.ledger.search import Span
-from kvtier.ledger.slots import SlotClass, TierSlots
+from kvtier.ledger.segment import SlotClass
+from kvtier.ledger.slots import TierSlots
 
 # Leases of one run looked at to see how far it is leased; with more, all of it counts as leased.
 _LEASES_ASKED_MAX = 64
@@ -368,20 +368,29 @@ class Ledger:
             holders = set(self.readers.get((tier, slot), ()))
             if run.leases and tier is not TierId.SSD and place < self.leased_end(run):
                 holders |= run.leases
-            if holders:
-                self._doomed[tier, slot] = holders
-                for holder in holders:
-                    self._doomed_of.setdefault(holder, []).append((tier, slot))
-                if erasure is not None:
-                    self._doomed_erasures[tier, slot] = erasure
-            elif erasure is not None:
-                self._erase(erasure)
-            else:
-                self.slots[tier].release((slot,))
+            self._let_go(tier, slot, erasure, holders)
         if not run.state[place]:
             run.space.remember(run.key(place), why)
             if not run.condemned:
                 self._gone.append((run.space, run.key(place)))
+
+    def _let_go(self, tier: TierId, slot: int, erasure: Erasure | None, holders: set[int]) -> None:
+        if holders:
+            self._doomed[tier, slot] = holders
+            for holder in holders:
+                self._doomed_of.setdefault(holder, []).append((tier, slot))
+            if erasure is not None:
+                self._doomed_erasures[tier, slot] = erasure
+        elif erasure is not None:
+            self._erase(erasure)
+        else:
+            self.slots[tier].release((slot,))
+
+    def replace_copy(self, run: Run, place: int, tier: TierId, slots: Sequence[int]) -> None:
+        """The block's copy lies in these slots from now on; the former go as if it were freed."""
+        for shard, slot in enumerate(self.chains.move_copy(run, place, tier, slots)):
+            erasure = self._erasure(tier, slot, self.label(run, place, shard), DISPLACED)
+            self._let_go(tier, slot, erasure, set(self.readers.get((tier, slot), ())))
 
     def take_gone(self) -> list[tuple[Namespace, bytes]]:
         """Blocks that lost their last copy since the last call, in order; not those of a cleared
@@ -658,14 +667,3 @@ class Ledger:
 
 def _length(spans: list[Span]) -> int:
     return sum(end - start for _, start, end in spans)
-
-
-@lru_cache(maxsize=512)
-def segments_of(slots: bytes) -> frozenset[int]:
-    """Segments that these packed little-endian u32 slot numbers lie in. Kept for the last tables:
-    the workers of one engine, and the turns of one conversation, ask for the same ones.
-    """
-    halves = array("H")
-    halves.frombytes(slots)
-    # The upper half of each u32 comes second; its upper 12 bits are the segment.
-    return frozenset(half >> 4 for half in set(halves[1::2]))

@@ -150,7 +150,7 @@ class Moves:
 
     def _is_leaving(self, run: Run, place: int, tier: TierId) -> bool:
         readers = self._ledger.readers[tier, run.slots_of(place, tier)[0]]
-        return any(self.moves[reader].drop_source for reader in readers)
+        return any(self.moves[reader].drop_source for reader in readers if reader in self.moves)
 
     def _empty_a_segment(self, tier: TierId, space: Namespace, moves: list[Move]) -> None:
         """The tier has no room for this slot size or tenant: empties the segment (of another
@@ -236,13 +236,17 @@ class Moves:
             labels=tuple(ledger.label(run, place, shard) for shard in range(space.shards)),
             drop_source=drop_source,
         )
-        self.moves[move.id] = move
-        self.by_target[target_key] = move.id
-        for slot in move.source_slots:
-            ledger.readers.setdefault((route.source, slot), set()).add(move.id)
-        if drop_source:
-            self._count_leaving(space, move, 1)
+        self.begin(space, move)
         return move
+
+    def begin(self, space: Namespace, move: Move) -> None:
+        """It runs: its source slots are read until `end`."""
+        self.moves[move.id] = move
+        self.by_target[space.id, move.labels[0].key, move.route.target] = move.id
+        for slot in move.source_slots:
+            self._ledger.readers.setdefault((move.route.source, slot), set()).add(move.id)
+        if move.drop_source:
+            self._count_leaving(space, move, 1)
 
     def _batch(self, space: Namespace) -> int:
         """How many slots to free at once below: erasing in batches is what makes it cheap."""
@@ -320,7 +324,7 @@ class Moves:
         when the block went away meanwhile: the target is given back.
         """
         ledger, route = self._ledger, move.route
-        space = self._end(move)
+        space = self.end(move)
         found = ledger.chains.find(space, move.labels[0].key)
         wanted = (
             found is not None
@@ -369,7 +373,7 @@ class Moves:
         then that copy is lost.
         """
         ledger = self._ledger
-        space = self._end(move)
+        space = self.end(move)
         ledger.discard_target(move.route.target, move.target_slots, move.labels, written=written)
         found = ledger.chains.find(space, move.labels[0].key)
         if source_corrupt and found is not None:
@@ -382,7 +386,8 @@ class Moves:
                 ledger.lose(space, move.labels[0].key, move.route.source)
         ledger.end_holder(move.id)
 
-    def _end(self, move: Move) -> Namespace:
+    def end(self, move: Move) -> Namespace:
+        """It is over, whatever became of it; raises InvariantViolated the second time."""
         ledger = self._ledger
         if self.moves.pop(move.id, None) is None:
             raise InvariantViolated(f"move {move.id} ended twice")

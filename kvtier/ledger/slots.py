@@ -5,6 +5,9 @@ A segment's life:
     FREE --acquire() by (tenant, slot size)--> OWNED --last slot released--> FREE
       \-- of a tier that clients map: only the same tenant may own it again until recycled()
 
+Of a segment that is withheld (the tier is to lose it) no more slots are handed out; those in use
+stay so until released.
+
 A slot number is `segment << SLOT_BITS | index`. Every slot in use names the run that holds it
 (`owner`), so that a segment can be emptied for a starved tenant or slot size.
 
@@ -19,71 +22,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan
 from kvtier.errors import InvariantViolated, TierFull
 from kvtier.ledger.neighbours import by_segment
+from kvtier.ledger.segment import INDEX_MASK, Segment, SlotClass, SlotCounts
 
-_INDEX_MASK = SLOTS_PER_SEGMENT_MAX - 1
 _SETTLED_SLOTS = 8192
 _MANY_SLOTS = 16  # where looking for consecutive ones pays
-SlotClass = tuple[str, int]  # tenant, slot size in bytes
-
-
-class Segment:
-    """One segment: its owner class, its free slots and the run that holds each slot.
-
-    Free are the slots from index `fresh` on, which were not handed out since the segment was owned,
-    and those in `returned` (a stack): so that owning one need not list all of them.
-    """
-
-    __slots__ = (
-        "fresh",
-        "home",
-        "in_use",
-        "index",
-        "owner_runs",
-        "returned",
-        "slot_class",
-        "slot_count",
-        "used",
-    )
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.slot_class: SlotClass | None = None
-        self.home: str | None = None  # tenant whose clients may still map it
-        self.slot_count = 0
-        self.used = 0
-        self.fresh = 0
-        self.returned = array("I")
-        self.in_use = bytearray()  # 1 = handed out: a second release must not pass
-        self.owner_runs = array("Q")
-
-    def take(self, count: int) -> array[int]:
-        """`count` free slots (there are as many), in use now: returned ones first."""
-        taken = self.returned[-count:]
-        del self.returned[-count:]
-        fresh = count - len(taken)
-        first = self.index << SLOT_BITS | self.fresh
-        taken.extend(range(first, first + fresh))
-        self.fresh += fresh
-        for slot in taken:
-            self.in_use[slot & _INDEX_MASK] = 1
-        self.used += count
-        return taken
-
-
-@dataclass(frozen=True, slots=True)
-class SlotCounts:
-    """A snapshot. `wasted_bytes`: owned but not in use (free slots and cut-off ends)."""
-
-    used_slots: int
-    used_bytes: int
-    wasted_bytes: int
-    segments_used: int
 
 
 class TierSlots:
@@ -107,6 +55,7 @@ class TierSlots:
         self._open_slots: dict[SlotClass, int] = {}
         # Segments with claimed slots whose free ones are not listed yet.
         self._unsettled: dict[int, None] = {}
+        self._withheld: set[int] = set()
 
     @property
     def capacity_bytes(self) -> int:
@@ -263,15 +212,16 @@ class TierSlots:
             slot_class = segment.slot_class
             if slot_class is None or segment.used == 0:
                 raise InvariantViolated(f"slot {slot:#x} released but its segment is free")
-            if not segment.in_use[slot & _INDEX_MASK]:
+            if not segment.in_use[slot & INDEX_MASK]:
                 raise InvariantViolated(f"slot {slot:#x} released but not in use")
-            segment.in_use[slot & _INDEX_MASK] = 0
-            if segment.used == segment.slot_count:
-                self._open.setdefault(slot_class, {})[segment.index] = None
+            segment.in_use[slot & INDEX_MASK] = 0
             segment.returned.append(slot)
-            segment.owner_runs[slot & _INDEX_MASK] = 0
+            segment.owner_runs[slot & INDEX_MASK] = 0
+            if segment.index not in self._withheld:
+                if segment.used == segment.slot_count:
+                    self._open.setdefault(slot_class, {})[segment.index] = None
+                self._open_slots[slot_class] += 1
             segment.used -= 1
-            self._open_slots[slot_class] += 1
             self._count(slot_class[0], -slot_class[1])
             if segment.used == 0:
                 self._disown(segment, slot_class)
@@ -279,16 +229,84 @@ class TierSlots:
     def _disown(self, segment: Segment, slot_class: SlotClass) -> None:
         if len(segment.returned) != segment.fresh:
             raise InvariantViolated(f"segment {segment.index} lost or doubled a slot")
-        del self._open[slot_class][segment.index]
-        self._open_slots[slot_class] -= segment.slot_count
+        withheld = segment.index in self._withheld
+        if not withheld:
+            del self._open[slot_class][segment.index]
+            self._open_slots[slot_class] -= segment.slot_count
         segment.slot_class = None
         segment.slot_count = 0
         segment.fresh = 0
         segment.returned = array("I")
         segment.in_use = bytearray()
         segment.owner_runs = array("Q")
+        if not withheld:
+            self._set_free(segment)
+
+    def _set_free(self, segment: Segment) -> None:
         self._free_segments.append(segment.index)
         self._free_homes[segment.home] = self._free_homes.get(segment.home, 0) + 1
+
+    # --- out of use
+
+    def hold(self, slots: Iterable[int]) -> array[int]:
+        """Takes those of these slots that are free in a segment in use; `release` them."""
+        held = array("I")
+        for slot in slots:
+            segment, at = self.segments[slot >> SLOT_BITS], slot & INDEX_MASK
+            if segment.slot_class is None or segment.index in self._withheld:
+                continue
+            if at >= segment.slot_count or segment.in_use[at]:
+                continue
+            if at >= segment.fresh:
+                segment.returned.extend(range(slot - at + segment.fresh, slot + 1))
+                segment.fresh = at + 1
+            segment.returned.remove(slot)
+            segment.in_use[at] = 1
+            segment.used += 1
+            if segment.used == segment.slot_count:
+                del self._open[segment.slot_class][segment.index]
+            self._open_slots[segment.slot_class] -= 1
+            self._count(segment.slot_class[0], segment.slot_class[1])
+            held.append(slot)
+        return held
+
+    def withhold(self, segment_index: int) -> bool:
+        """None of its slots is handed out until `give_back`. False: it is withheld already."""
+        assert not self._unsettled, "slots are still being found again"
+        segment = self.segments[segment_index]
+        if segment_index in self._withheld:
+            return False
+        self._withheld.add(segment_index)
+        if segment.slot_class is None:
+            self._free_segments.remove(segment_index)
+            self._free_homes[segment.home] -= 1
+        elif segment.used < segment.slot_count:
+            del self._open[segment.slot_class][segment_index]
+            self._open_slots[segment.slot_class] -= segment.slot_count - segment.used
+        return True
+
+    def give_back(self, segment_index: int) -> None:
+        """The withheld segment is like any other again."""
+        segment = self.segments[segment_index]
+        self._withheld.remove(segment_index)
+        if segment.slot_class is None:
+            self._set_free(segment)
+        elif segment.used < segment.slot_count:
+            self._open.setdefault(segment.slot_class, {})[segment_index] = None
+            self._open_slots[segment.slot_class] += segment.slot_count - segment.used
+
+    def resize(self, count: int) -> None:
+        """So many segments from now on: those beyond are withheld and empty."""
+        for segment in self.segments[count:]:
+            if segment.slot_class is not None or segment.index not in self._withheld:
+                raise InvariantViolated(f"segment {segment.index} is in use and cannot go")
+        del self.segments[count:]
+        self._withheld = {index for index in self._withheld if index < count}
+        more = range(len(self.segments), count)
+        self.segments.extend(map(Segment, more))
+        self._free_segments[:0] = reversed(more)  # lower ones are taken first
+        self._free_homes[None] += len(more)
+        self.plan = replace(self.plan, count=count)
 
     def set_owner(self, slots: Sequence[int], run_id: int) -> None:
         """These slots are held by that run now."""
@@ -299,7 +317,7 @@ class TierSlots:
                 segments[index].owner_runs[places.start : places.stop] = runs
             return
         for slot in slots:
-            segments[slot >> SLOT_BITS].owner_runs[slot & _INDEX_MASK] = run_id
+            segments[slot >> SLOT_BITS].owner_runs[slot & INDEX_MASK] = run_id
 
     def owners(self, segment_index: int) -> Iterator[int]:
         """Runs that hold a slot of the segment (0 = a slot that no block has yet is left out)."""
@@ -347,7 +365,7 @@ class TierSlots:
                 raise InvariantViolated(f"segment {segment.index} is owned but holds nothing")
             if segment.in_use.count(1) != segment.used:
                 raise InvariantViolated(f"segment {segment.index}: slots in use are miscounted")
-            returned = {slot & _INDEX_MASK for slot in segment.returned}
+            returned = {slot & INDEX_MASK for slot in segment.returned}
             if len(segment.returned) + segment.used != segment.fresh:
                 raise InvariantViolated(f"segment {segment.index}: free + used != slots")
             if len(returned) != len(segment.returned):
@@ -355,7 +373,7 @@ class TierSlots:
             if any(segment.in_use[at] for at in returned) or any(segment.in_use[segment.fresh :]):
                 raise InvariantViolated(f"segment {segment.index}: a slot is free and in use")
             used_bytes += segment.used * segment.slot_class[1]
-            free = segment.slot_count - segment.used
+            free = 0 if segment.index in self._withheld else segment.slot_count - segment.used
             open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + free
         if used_bytes != self.used_bytes:
             raise InvariantViolated(f"{used_bytes} bytes used, {self.used_bytes} in the books")

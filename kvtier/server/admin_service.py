@@ -6,19 +6,19 @@ Does not: know sessions; the store takes `None` for the operator.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
 
 import kvtier
 from kvtier.block import GroupQuery, Keys
-from kvtier.counts import NamespaceUse, StoreCounts, TierUse
+from kvtier.counts import NamespaceUse, ScrubUse, StoreCounts, TierUse
 from kvtier.errors import InvalidRequest
 from kvtier.server.borders import Border, Context, Plain, Waiting, unary
 from kvtier.store import Store
 from kvtier.v1 import admin_pb2
-from kvtier.wire import REASON_NUMBERS, TIER_NUMBERS, encode_spec
+from kvtier.wire import REASON_NUMBERS, TIER_NUMBERS, decode_tier, encode_spec
 
 SERVICE = "kvtier.v1.AdminService"
 NAMESPACES_LISTED = 10
@@ -61,6 +61,8 @@ class AdminService:
             "Flush": (self.flush, admin_pb2.FlushRequest),
             "AdminEvict": (self.evict, admin_pb2.AdminEvictRequest),
             "Heal": (self.heal, admin_pb2.HealRequest),
+            "Scrub": (self.scrub, admin_pb2.ScrubRequest),
+            "ResizeTier": (self.resize_tier, admin_pb2.ResizeTierRequest),
         }
         border = self._border
         methods = {n: unary(border.plain(n, verb), kind) for n, (verb, kind) in plain.items()}
@@ -134,6 +136,25 @@ class AdminService:
         """Probes the SSD tier; TierFailed when it is not well."""
         return admin_pb2.HealResponse(state=await self._store.keeper.heal()).SerializeToString()
 
+    async def scrub(self, request: admin_pb2.ScrubRequest, _: Context) -> bytes:
+        """Begins or ends one; what there is to say of it."""
+        scrubbing = self._store.keeper.scrubbing
+        if request.action == admin_pb2.SCRUB_ACTION_START:
+            await scrubbing.start(request.bytes_per_s)
+        elif request.action == admin_pb2.SCRUB_ACTION_STOP:
+            await scrubbing.stop()
+        use = scrubbing.use()
+        answer = admin_pb2.ScrubResponse(**{name: getattr(use, name) for name in _SCRUB_FIELDS})
+        for damage, count in use.damaged.items():
+            answer.damaged.add(damage=damage, count=count)
+        return answer.SerializeToString()
+
+    async def resize_tier(self, request: admin_pb2.ResizeTierRequest, _: Context) -> bytes:
+        """Another size, until the next start."""
+        tier = decode_tier(request.tier)
+        done = await self._store.keeper.resizing.resize(tier, request.size_bytes)
+        return admin_pb2.ResizeTierResponse(**asdict(done)).SerializeToString()
+
     def bypass(self, request: admin_pb2.BypassRequest, _: Context) -> bytes:
         """On or off, for all or one namespace."""
         self._store.bypass(request.on, request.namespace_id)
@@ -179,6 +200,8 @@ def encode_counts(counts: StoreCounts, facts: DaemonFacts) -> admin_pb2.StatResp
         answer.tiers.add(tier=TIER_NUMBERS[tier.tier], **values)
     for reason, count in counts.reasons.items():
         answer.reasons.add(reason=REASON_NUMBERS[reason], count=count)
+    for damage, count in counts.corrupt.items():
+        answer.corrupt.add(damage=damage, count=count)
     for session in counts.sessions:
         answer.sessions.add(
             client_name=session.client_name,
@@ -218,6 +241,7 @@ def _namespace_stat(use: NamespaceUse) -> admin_pb2.NamespaceStat:
     )
 
 
-_FILLED_APART = {"tiers", "reasons", "sessions", "routes", "namespaces"}
+_FILLED_APART = {"tiers", "reasons", "sessions", "routes", "namespaces", "corrupt", "scrub"}
 _COUNTS = tuple(name for name in StoreCounts.__slots__ if name not in _FILLED_APART)
 _TIER_COUNTS = tuple(name for name in TierUse.__slots__ if name != "tier")
+_SCRUB_FIELDS = tuple(name for name in ScrubUse.__slots__ if name != "damaged")

@@ -73,6 +73,15 @@ POINTS: Final = {
     "rebuild.scanned": "all slot headers were read",
     "rebuild.listed": "records list them",
     "rebuild.done": "the catalogue alone is believed from now on",
+    # What an operator asks for.
+    "scrub.pinned": "slots are pinned and about to be read",
+    "resize.begin": "the SSD tier is about to get another size",
+    "resize.copied": "blocks of segments that go are copied to others, the books have the former",
+    "resize.emptied": "nothing lies any longer in segments that go",
+    "resize.wiped": "nor can it come back, and their files are there still",
+    "slab.remove": "a slab's file is about to be deleted",
+    "resize.deleted": "it is, not yet durably",
+    "resize.done": "durably, the books have the new size, and nobody was told yet",
     # Ending.
     "close.begin": "the last flush is over, moves end",
     "close.erased": "nothing is to be erased any more, tiers are open",

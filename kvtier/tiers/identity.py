@@ -34,6 +34,17 @@ _SUM: Final = struct.Struct("<Q")
 logger = logging.getLogger(__name__)
 
 
+def read_identity(content: bytes) -> tuple[bytes, int] | None:
+    """The id and the number of the last start; None: the file is damaged."""
+    head = content[: _FIELDS.size]
+    if len(content) == _FIELDS.size + _SUM.size:
+        magic, state_id, start = _FIELDS.unpack(head)
+        sound = _SUM.unpack_from(content, _FIELDS.size)[0] == native.checksum_bytes(head)
+        if magic == _MAGIC and sound:
+            return state_id, start
+    return None
+
+
 class Identity:
     """The file. `start` is None while nobody knows the last one. One thread, where not said."""
 
@@ -54,14 +65,11 @@ class Identity:
             return
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
-        head = content[: _FIELDS.size]
-        if len(content) == _FIELDS.size + _SUM.size:
-            magic, state_id, start = _FIELDS.unpack(head)
-            sound = _SUM.unpack_from(content, _FIELDS.size)[0] == native.checksum_bytes(head)
-            if magic == _MAGIC and sound:
-                self.state_id, self.start = state_id, start
-                return
-        logger.warning("%s is damaged: slabs are asked instead", self._path)
+        known = read_identity(content)
+        if known is None:
+            logger.warning("%s is damaged: slabs are asked instead", self._path)
+        else:
+            self.state_id, self.start = known
 
     def choose(self, in_slabs: Sequence[bytes]) -> None:
         """Without a file: the id that most slabs carry, or a new one. Memory only."""

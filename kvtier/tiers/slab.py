@@ -25,7 +25,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
@@ -106,13 +106,12 @@ class Slab:
         return True
 
     def _read_head(self, head: bytes) -> None:
-        magic, version, index, slot_bytes, generation, state_id = _SLAB.unpack_from(head)
-        (checksum,) = _SUM.unpack_from(head, _SLAB.size)
-        sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
-        if (magic, version, sound) == (_SLAB_MAGIC, _VERSION, True):
-            self.cut_generation = generation  # wherever the file comes from: not to be used again
-            if index == self.index:
-                self.slot_bytes, self.state_id = slot_bytes, state_id
+        found = _unpack_head(head)
+        if found is not None:
+            # Wherever the file comes from: not to be used again.
+            self.cut_generation = found.cut_generation
+            if found.number == self.index:
+                self.slot_bytes, self.state_id = found.slot_bytes, found.state_id
         for offset in _NAMES_OFFSETS:
             revision, names = _unpack_names(head[offset : offset + _NAMES_BYTES])
             if revision > self._revision:
@@ -229,6 +228,29 @@ class Slab:
             if self.sync_failures != failures_before:
                 raise TierFailed(f"{self.path}: a sync of these bytes failed")
 
+    def remove(self) -> None:
+        """The file is gone, durably with the next sync of its directory. Nothing of it may be in
+        use. Hold `lock`. Raises TierFailed: it may be there still, but is closed.
+        """
+        with self._sync_lock:
+            self.close()
+        self.slot_bytes, self.names = 0, {}
+        try:
+            reach("slab.remove")
+            self._files.unlink(self.path)
+        except OSError as error:
+            raise self.failed(error) from error
+
+    def here(self, indexes: Sequence[int]) -> list[SlotRecord]:
+        """What the headers of these slots say that a rebuild would believe. At most 256."""
+        assert len(indexes) <= _SCAN_SLOTS
+
+        if self.fd < 0 or self.slot_bytes < 2 * PAGE_BYTES:
+            return []
+        with native.AlignedBuffer(_SCAN_SLOTS * SLOT_HEADER_BYTES) as pages:
+            found = self._sound(indexes, pages)
+        return [record for index, record in found if self._is_here(record, index)]
+
     def scan(self, stopping: Callable[[], bool]) -> Iterator[SlotRecord]:
         """Every slot with a sound header of this cut, from the headers alone.
 
@@ -253,19 +275,23 @@ class Slab:
             for first in range(0, count, _SCAN_SLOTS):
                 if stopping():
                     raise DaemonUnavailable("the daemon is stopping")
-                indexes = range(first, min(first + _SCAN_SLOTS, count))
-                n = len(indexes)
-                headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
-                offsets = [self.offset(index) for index in indexes]
-                zeros = [0] * n
-                _, errors = self._files.read_slots(
-                    [self.fd] * n, offsets, headers, headers, zeros, zeros
-                )
-                for i, index in enumerate(indexes):
-                    if errors[i]:
-                        continue  # unreadable here is unreadable later: not a block any more
-                    with contextlib.suppress(BlockCorrupt):
-                        yield index, unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)
+                yield from self._sound(range(first, min(first + _SCAN_SLOTS, count)), pages)
+
+    def _sound(
+        self, indexes: Sequence[int], pages: native.AlignedBuffer
+    ) -> list[tuple[int, SlotRecord]]:
+        n = len(indexes)
+        headers = [pages.address + i * SLOT_HEADER_BYTES for i in range(n)]
+        offsets = [self.offset(index) for index in indexes]
+        zeros = [0] * n
+        _, errors = self._files.read_slots([self.fd] * n, offsets, headers, headers, zeros, zeros)
+        found = []
+        for i, index in enumerate(indexes):
+            if errors[i]:
+                continue  # unreadable here is unreadable later: not a block any more
+            with contextlib.suppress(BlockCorrupt):
+                found.append((index, unpack_slot_header(pages.view, i * SLOT_HEADER_BYTES)))
+        return found
 
     def _is_here(self, record: SlotRecord, index: int) -> bool:
         return (
@@ -294,6 +320,30 @@ def places(
     """File descriptor and offset of each item's slot."""
     offsets = [slab.offset(item.slot) for item, slab in zip(items, slabs, strict=True)]
     return [slab.fd for slab in slabs], offsets
+
+
+class SlabHead(NamedTuple):
+    """What a slab file says of itself."""
+
+    number: int
+    slot_bytes: int
+    cut_generation: int
+    state_id: bytes
+
+
+def read_head(path: Path) -> SlabHead | None:
+    """For those who only look: None where there is no sound header. Raises OSError."""
+    with path.open("rb") as file:
+        return _unpack_head(file.read(PAGE_BYTES))
+
+
+def _unpack_head(head: bytes) -> SlabHead | None:
+    if len(head) < _SLAB.size + _SUM.size:
+        return None
+    magic, version, *fields = _SLAB.unpack_from(head)
+    (checksum,) = _SUM.unpack_from(head, _SLAB.size)
+    sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
+    return SlabHead(*fields) if (magic, version, sound) == (_SLAB_MAGIC, _VERSION, True) else None
 
 
 def remove_strays(files: Files, slabs: Sequence[Slab], directory: Path) -> None:

@@ -56,20 +56,20 @@ def unpack_slot_header(page: memoryview, offset: int) -> SlotRecord:
     """
     head = bytes(page[offset : offset + _SLOT.size])
     if head[:8] != _SLOT_MAGIC:
-        raise BlockCorrupt("no slot header")
+        raise BlockCorrupt("no slot header", damage="header")
     (found,) = _SUM.unpack_from(page, offset + _SLOT.size)
     if native.checksum_bytes(head) != found:
-        raise BlockCorrupt("damaged slot header")
+        raise BlockCorrupt("damaged slot header", damage="header")
     (
         _, version, codec, fidelity, shard, key_length, parent_length, namespace, epoch, position,
         index, slab, slot_bytes, size_bytes, checksum, generation, key, parent,
     ) = _SLOT.unpack(head)  # fmt: skip
     if version != _VERSION or key_length > 64 or parent_length > 64:
-        raise BlockCorrupt(f"slot header of version {version}")
+        raise BlockCorrupt(f"slot header of version {version}", damage="header")
     try:
         kinds = Codec(codec), Fidelity(fidelity)
     except ValueError as error:
-        raise BlockCorrupt(f"slot in an unknown codec: {error}") from error
+        raise BlockCorrupt(f"slot in an unknown codec: {error}", damage="header") from error
     label = SlotLabel(
         namespace, epoch, key[:key_length], parent[:parent_length], position, shard, size_bytes,
         checksum, *kinds, generation,
@@ -182,17 +182,19 @@ def _verify(item: SlotIO, pages: memoryview, offset: int, checksum: int) -> None
     """Raises BlockCorrupt unless header and payload are what the label says, in this place."""
     slot, slot_bytes, found = unpack_slot_header(pages, offset)
     wanted = item.label
+    here = f"ssd slot {item.slot:#x}"
     if (slot, slot_bytes) != (item.slot, item.slot_bytes):
-        raise BlockCorrupt(f"ssd slot {item.slot:#x} holds what belongs to {slot:#x}")
+        raise BlockCorrupt(f"{here} holds what belongs to {slot:#x}", damage="misplaced")
+    same = (found.namespace, found.key, found.shard)
+    if same != (wanted.namespace, wanted.key, wanted.shard):
+        raise BlockCorrupt(f"{here} holds another block", damage="misplaced")
     if (
-        found.namespace != wanted.namespace
-        or found.key != wanted.key
-        or found.shard != wanted.shard
-        or found.epoch != wanted.epoch
+        found.epoch != wanted.epoch
+        or found.checksum != wanted.checksum
         or found.size_bytes != wanted.size_bytes
         or int(found.codec) != int(wanted.codec)
         or int(found.fidelity) != int(wanted.fidelity)
     ):
-        raise BlockCorrupt(f"ssd slot {item.slot:#x} holds another block")
-    if not checksum == found.checksum == wanted.checksum:
-        raise BlockCorrupt(f"ssd slot {item.slot:#x}: the payload's checksum is wrong")
+        raise BlockCorrupt(f"{here} holds another writing of the block", damage="stale")
+    if checksum != wanted.checksum:
+        raise BlockCorrupt(f"{here}: the payload's checksum is wrong")

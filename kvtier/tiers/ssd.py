@@ -18,12 +18,13 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from kvtier import native
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, SlotLabel, TierId
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, TierId
 from kvtier.errors import BlockCorrupt, InvariantViolated, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, TierCounts
@@ -38,11 +39,10 @@ from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.starts import StartLog
 from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory, prove
+from kvtier.tiers.upkeep import Upkeep
 from kvtier.tiers.wipes import Wipes
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
 
-_FORGET_SLOTS: Final = 4096  # records of one transaction
-_NOBODY: Final = SlotLabel(bytes(16), 0, b"", b"", 0, 0, 0)
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
 
 logger = logging.getLogger(__name__)
@@ -86,15 +86,21 @@ class SsdTier:
         prepare_directory(self._files, directory)
         self.direct_io = choose_direct_io(directory, direct_io)
         folder, direct = directory / "slabs", self.direct_io
-        self._slabs = [
-            Slab(self._files, folder / f"{i:05}.slab", i, segment_bytes, direct=direct)
-            for i in range(segment_count)
-        ]
+
+        def slab(index: int) -> Slab:
+            path = folder / f"{index:05}.slab"
+            return Slab(self._files, path, index, segment_bytes, direct=direct)
+
+        self._slabs = [slab(index) for index in range(segment_count)]
         self._wipes = Wipes(self._slabs, self._staging)
         self._identity = Identity(self._files, directory / "identity")
         self._book = NamespaceBook(self._files, directory / "namespaces")
         self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
         self._starts = StartLog(self._files, directory / "starts", on=record_crashes)
+        self.upkeep = Upkeep(
+            self._files, self._slabs, self._wipes, self._catalogue, slab,
+            min_free_bytes=min_free_bytes,
+        )  # fmt: skip
 
     # --- coming back
 
@@ -150,13 +156,8 @@ class SsdTier:
         """No record of these slots any longer, and of the stale ones no header: neither evicts nor
         a rebuild can bring them back. After `find`, before any write. Raises TierFailed.
         """
-        cuts = [slab.slot_bytes for slab in self._slabs]
-        for at in range(0, len(stale), _FORGET_SLOTS):
-            part = stale[at : at + _FORGET_SLOTS]
-            self._wipes.wipe([SlotRecord(slot, cuts[slot >> SLOT_BITS], _NOBODY) for slot in part])
-            self._catalogue.delete(part)
-        for at in range(0, len(dropped), _FORGET_SLOTS):
-            self._catalogue.delete(dropped[at : at + _FORGET_SLOTS])
+        self.upkeep.forget(stale, wipe=True)
+        self.upkeep.forget(dropped, wipe=False)
         reach("recover.cleaned")
 
     # --- namespaces
@@ -291,6 +292,16 @@ class SsdTier:
                     raise TierFailed(f"namespace {digest.hex()} is not registered")
                 slab.list_names({**slab.names, digest: entry})
 
+    def resize(self, segment_count: int) -> None:
+        """So many segments from now on. Nothing may lie in those that go, and nobody look at them.
+        Worker thread. Raises TierFailed: it has as many as before.
+        """
+        if segment_count > self.plan.count:
+            self.upkeep.add(segment_count)
+        else:
+            self.upkeep.take_away(segment_count)
+        self.plan = replace(self.plan, count=segment_count)
+
     def recycle(self, segment: int) -> None:
         """What the segment held is gone, also for a rebuild; another tenant may have it next.
 
@@ -316,7 +327,8 @@ class SsdTier:
                 items.append(item)
                 slabs.append(slab)
             else:
-                item.error = BlockCorrupt(f"ssd slot {item.slot:#x} was never written")
+                here = f"ssd slot {item.slot:#x}"
+                item.error = BlockCorrupt(f"{here} was never written", damage="header")
         corrupt = len(batch) - len(items)
         if items:
             corrupt += self._staging.read(items, *places(items, slabs))

@@ -37,13 +37,15 @@ def prepare_directory(files: Files, directory: Path) -> None:
     major, minor = STATE_VERSION
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        known = _read_version(version) if version.exists() else None
+        known = read_version(version) if version.exists() else None
+        if known is None and version.exists():
+            logger.warning("%s is damaged (%r): written anew", version, version.read_bytes()[:64])
         # A damaged VERSION is no other version: what lies beside it is taken for ours.
         found = known[0] if known else major if version.exists() else None
         is_ours = settle(files, directory, found, major)
         (directory / "slabs").mkdir(mode=0o700, exist_ok=True)
         # A newer minor version stays what it is.
-        if not is_ours or _read_version(version) is None:
+        if not is_ours or read_version(version) is None:
             text = b"%d.%d" % (major, minor)
             files.replace(version, b"%s %016x\n" % (text, native.checksum_bytes(text)))
     except OSError as error:
@@ -53,14 +55,13 @@ def prepare_directory(files: Files, directory: Path) -> None:
         ) from error
 
 
-def _read_version(path: Path) -> tuple[int, int] | None:
+def read_version(path: Path) -> tuple[int, int] | None:
     """Major and minor; None when the file is damaged: a bit that rotted is no newer version, and
     every slab and slot says its own.
     """
     content = path.read_bytes()
     match = re.fullmatch(rb"((\d{1,9})\.(\d{1,9}))(?: ([0-9a-f]{16}))?\s*", content)
     if match is None or (match[4] and int(match[4], 16) != native.checksum_bytes(match[1])):
-        logger.warning("%s is damaged (%r): written anew", path, content[:64])
         return None
     return int(match[2]), int(match[3])
 
@@ -100,6 +101,17 @@ def prove(files: Files, directory: Path) -> None:
         raise TierFailed(f"{path}: {error.strerror or error}") from error
 
 
+def read_book(content: bytes) -> Names:
+    """What the file of namespaces says. Raises ValueError: it is damaged."""
+    checksum, _, body = content.partition(b"\n")
+    if int(checksum, 16) != native.checksum_bytes(body):
+        raise ValueError("checksum")
+    return {
+        bytes.fromhex(digest): (int(epoch), descriptor.encode())
+        for digest, epoch, descriptor in json.loads(body)
+    }
+
+
 class NamespaceBook:
     """Namespaces and their epochs, in a file of its own that is whole before a change returns.
 
@@ -122,13 +134,7 @@ class NamespaceBook:
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
         try:
-            checksum, _, body = content.partition(b"\n")
-            if int(checksum, 16) != native.checksum_bytes(body):
-                raise ValueError("checksum")
-            self.names = {
-                bytes.fromhex(digest): (int(epoch), descriptor.encode())
-                for digest, epoch, descriptor in json.loads(body)
-            }
+            self.names = read_book(content)
         except ValueError as error:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             aside = self._path.with_name(f"{self._path.name}.damaged-{stamp}")

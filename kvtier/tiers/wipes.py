@@ -57,12 +57,13 @@ class Wipes:
             left, self._unsynced = self._unsynced, {}
         try:
             for index in list(left):
-                slab = self._slabs[index]
-                if slab.fd >= 0:
+                # None: the tier was made smaller, and a slab goes only after its wipes are synced.
+                slab = self._slabs[index] if index < len(self._slabs) else None
+                if slab is not None and slab.fd >= 0:
                     slab.sync(left[index])
                 del left[index]
         finally:
             with self._lock:
-                for index in left:
+                for index in left.keys() & set(range(len(self._slabs))):
                     # The failure is told to this caller; what the next one waits for is a new sync.
                     self._unsynced.setdefault(index, self._slabs[index].sync_failures)

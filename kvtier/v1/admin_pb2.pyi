@@ -1,11 +1,21 @@
 from kvtier.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ScrubAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCRUB_ACTION_UNSPECIFIED: _ClassVar[ScrubAction]
+    SCRUB_ACTION_START: _ClassVar[ScrubAction]
+    SCRUB_ACTION_STOP: _ClassVar[ScrubAction]
+SCRUB_ACTION_UNSPECIFIED: ScrubAction
+SCRUB_ACTION_START: ScrubAction
+SCRUB_ACTION_STOP: ScrubAction
 
 class StatRequest(_message.Message):
     __slots__ = ("namespaces_max",)
@@ -118,7 +128,7 @@ class RouteStat(_message.Message):
     def __init__(self, route: _Optional[str] = ..., move_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., failed_count: _Optional[int] = ..., in_flight: _Optional[int] = ..., queued: _Optional[int] = ...) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "state", "tiers", "lookup_count", "lookup_blocks", "hit_blocks", "miss_blocks", "hit_ratio", "reasons", "lease_count", "lease_oldest_s", "reservation_count", "reservation_oldest_s", "sessions", "routes", "namespaces", "corrupt_count", "stored_blocks", "evicted_blocks", "events_revision", "native_kernels", "recovered_blocks", "recovery_s", "leases_revoked", "pid", "trust", "predecessor_bytes")
+    __slots__ = ("version", "uptime_s", "state", "tiers", "lookup_count", "lookup_blocks", "hit_blocks", "miss_blocks", "hit_ratio", "reasons", "lease_count", "lease_oldest_s", "reservation_count", "reservation_oldest_s", "sessions", "routes", "namespaces", "corrupt_count", "stored_blocks", "evicted_blocks", "events_revision", "native_kernels", "recovered_blocks", "recovery_s", "leases_revoked", "pid", "trust", "predecessor_bytes", "corrupt")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +157,7 @@ class StatResponse(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     TRUST_FIELD_NUMBER: _ClassVar[int]
     PREDECESSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     state: str
@@ -175,7 +186,8 @@ class StatResponse(_message.Message):
     pid: int
     trust: str
     predecessor_bytes: int
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., lookup_count: _Optional[int] = ..., lookup_blocks: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., hit_ratio: _Optional[float] = ..., reasons: _Optional[_Iterable[_Union[ReasonCount, _Mapping]]] = ..., lease_count: _Optional[int] = ..., lease_oldest_s: _Optional[float] = ..., reservation_count: _Optional[int] = ..., reservation_oldest_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionStat, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[RouteStat, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStat, _Mapping]]] = ..., corrupt_count: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., events_revision: _Optional[int] = ..., native_kernels: bool = ..., recovered_blocks: _Optional[int] = ..., recovery_s: _Optional[float] = ..., leases_revoked: _Optional[int] = ..., pid: _Optional[int] = ..., trust: _Optional[str] = ..., predecessor_bytes: _Optional[int] = ...) -> None: ...
+    corrupt: _containers.RepeatedCompositeFieldContainer[DamageCount]
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., lookup_count: _Optional[int] = ..., lookup_blocks: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., hit_ratio: _Optional[float] = ..., reasons: _Optional[_Iterable[_Union[ReasonCount, _Mapping]]] = ..., lease_count: _Optional[int] = ..., lease_oldest_s: _Optional[float] = ..., reservation_count: _Optional[int] = ..., reservation_oldest_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionStat, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[RouteStat, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStat, _Mapping]]] = ..., corrupt_count: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., events_revision: _Optional[int] = ..., native_kernels: bool = ..., recovered_blocks: _Optional[int] = ..., recovery_s: _Optional[float] = ..., leases_revoked: _Optional[int] = ..., pid: _Optional[int] = ..., trust: _Optional[str] = ..., predecessor_bytes: _Optional[int] = ..., corrupt: _Optional[_Iterable[_Union[DamageCount, _Mapping]]] = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ()
@@ -329,6 +341,72 @@ class HealResponse(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     state: str
     def __init__(self, state: _Optional[str] = ...) -> None: ...
+
+class ScrubRequest(_message.Message):
+    __slots__ = ("action", "bytes_per_s")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    action: ScrubAction
+    bytes_per_s: int
+    def __init__(self, action: _Optional[_Union[ScrubAction, str]] = ..., bytes_per_s: _Optional[int] = ...) -> None: ...
+
+class DamageCount(_message.Message):
+    __slots__ = ("damage", "count")
+    DAMAGE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    damage: str
+    count: int
+    def __init__(self, damage: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ScrubResponse(_message.Message):
+    __slots__ = ("state", "detail", "scheduled", "progress", "bytes_per_s", "elapsed_s", "block_count", "read_bytes", "damaged", "stray_count", "ended_s", "next_in_s")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    STRAY_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_S_FIELD_NUMBER: _ClassVar[int]
+    NEXT_IN_S_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    detail: str
+    scheduled: bool
+    progress: float
+    bytes_per_s: int
+    elapsed_s: float
+    block_count: int
+    read_bytes: int
+    damaged: _containers.RepeatedCompositeFieldContainer[DamageCount]
+    stray_count: int
+    ended_s: float
+    next_in_s: float
+    def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ..., scheduled: bool = ..., progress: _Optional[float] = ..., bytes_per_s: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., block_count: _Optional[int] = ..., read_bytes: _Optional[int] = ..., damaged: _Optional[_Iterable[_Union[DamageCount, _Mapping]]] = ..., stray_count: _Optional[int] = ..., ended_s: _Optional[float] = ..., next_in_s: _Optional[float] = ...) -> None: ...
+
+class ResizeTierRequest(_message.Message):
+    __slots__ = ("tier", "size_bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: _types_pb2.Tier
+    size_bytes: int
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class ResizeTierResponse(_message.Message):
+    __slots__ = ("former_bytes", "size_bytes", "configured_bytes", "moved_blocks", "evicted_blocks")
+    FORMER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    former_bytes: int
+    size_bytes: int
+    configured_bytes: int
+    moved_blocks: int
+    evicted_blocks: int
+    def __init__(self, former_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., configured_bytes: _Optional[int] = ..., moved_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ()

@@ -80,6 +80,16 @@ class AdminServiceStub(object):
                 request_serializer=kvtier_dot_v1_dot_admin__pb2.HealRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_admin__pb2.HealResponse.FromString,
                 _registered_method=True)
+        self.Scrub = channel.unary_unary(
+                '/kvtier.v1.AdminService/Scrub',
+                request_serializer=kvtier_dot_v1_dot_admin__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_admin__pb2.ScrubResponse.FromString,
+                _registered_method=True)
+        self.ResizeTier = channel.unary_unary(
+                '/kvtier.v1.AdminService/ResizeTier',
+                request_serializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierResponse.FromString,
+                _registered_method=True)
         self.Check = channel.unary_unary(
                 '/kvtier.v1.AdminService/Check',
                 request_serializer=kvtier_dot_v1_dot_admin__pb2.CheckRequest.SerializeToString,
@@ -153,6 +163,21 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scrub(self, request, context):
+        """Reads all of the SSD tier, slowly, and drops what is damaged: begins one, ends it, or says how
+        far it is. Answers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResizeTier(self, request, context):
+        """Gives a tier another size while it serves, until the next start. Answers when it has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Check(self, request, context):
         """Runs every invariant check of the daemon's books.
         """
@@ -207,6 +232,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Heal,
                     request_deserializer=kvtier_dot_v1_dot_admin__pb2.HealRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_admin__pb2.HealResponse.SerializeToString,
+            ),
+            'Scrub': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=kvtier_dot_v1_dot_admin__pb2.ScrubRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_admin__pb2.ScrubResponse.SerializeToString,
+            ),
+            'ResizeTier': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResizeTier,
+                    request_deserializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierResponse.SerializeToString,
             ),
             'Check': grpc.unary_unary_rpc_method_handler(
                     servicer.Check,
@@ -458,6 +493,60 @@ class AdminService(object):
             '/kvtier.v1.AdminService/Heal',
             kvtier_dot_v1_dot_admin__pb2.HealRequest.SerializeToString,
             kvtier_dot_v1_dot_admin__pb2.HealResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.AdminService/Scrub',
+            kvtier_dot_v1_dot_admin__pb2.ScrubRequest.SerializeToString,
+            kvtier_dot_v1_dot_admin__pb2.ScrubResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResizeTier(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.AdminService/ResizeTier',
+            kvtier_dot_v1_dot_admin__pb2.ResizeTierRequest.SerializeToString,
+            kvtier_dot_v1_dot_admin__pb2.ResizeTierResponse.FromString,
             options,
             channel_credentials,
             insecure,

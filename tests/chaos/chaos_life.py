@@ -12,6 +12,7 @@ import json
 import os
 import random
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import uvloop
 from chaos_oracle import BLOCKS
 from stores import FORMAT, Attached, Node, chain
 
-from kvtier.block import BlockFormat
+from kvtier.block import BlockFormat, TierId
+from kvtier.errors import LimitReached
 from kvtier.testing import failpoints
 
 # Another slot size, odd and larger: what was cut for one must be cut anew for the other.
@@ -195,7 +197,28 @@ async def _script(directory: str, life: str, oracle: str, *, tight: bool) -> Non
 
 
 async def errands(node: Node, workers: list[Worker]) -> None:
-    """What only an operator asks for."""
+    """What only an operator asks for: a scrub, and a tier that becomes smaller and larger again.
+    There is room for all blocks, above and below: none may go for it.
+    """
+    keeper, slots = node.store.keeper, node.ledger.slots[TierId.SSD]
+    worker = workers[0]
+    space = node.space(worker.who, "filler")
+    in_use = slots.counts().segments_used
+    filler = chain(f"filler-{worker.life}", 16 * (in_use // 2 + 4))
+    await node.put(worker.who, space, filler, durable=True)
+    await worker.durable()
+    await node.evict(worker.who, space, filler[:1])
+    await node.quiet()
+    before, after = len(slots.segments), slots.counts().segments_used * 5 // 4 + 2
+    with suppress(LimitReached):  # one that the last life began goes on
+        await keeper.scrubbing.start(1 << 30)
+    if after < before:
+        await keeper.resizing.resize(TierId.SSD, after * node.ssd.file_bytes)
+        await keeper.resizing.resize(TierId.SSD, before * node.ssd.file_bytes)
+    await node.until(lambda: keeper.scrubbing.use().state == "idle")
+    if keeper.scrubbing.use().damaged:
+        say("PROBLEM", "scrub", keeper.scrubbing.use())
+    await worker.read()
 
 
 def script(directory: str, life: str, oracle: str, tight: bool) -> None:

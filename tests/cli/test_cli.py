@@ -144,6 +144,59 @@ def test_flush_drain_health(daemon: Daemon, space: Space) -> None:
     assert "serving" in kvtier(daemon, "health")
 
 
+def test_scrub(daemon: Daemon, space: Space) -> None:
+    kvtier(daemon, "flush")
+    assert kvtier_json(daemon, "scrub", "--status")["ended_s"] == 0
+    assert "never scrubbed" in kvtier(daemon, "scrub", "--status")
+
+    said = kvtier_json(daemon, "scrub", "--rate", "512MiB", "--wait")
+
+    assert (said["state"], said["damaged"], said["stray_count"]) == ("idle", {}, 0)
+    assert said["block_count"] == 8
+    text = kvtier(daemon, "scrub", "--status")
+    for words in ("all of it was read", "8 blocks read", "dropped: none", "begins by itself"):
+        assert words in text
+    assert kvtier_json(daemon, "scrub", "--stop")["state"] == "idle"
+    assert "at least 1.0 MiB" in kvtier(daemon, "scrub", "--rate", "1", status=1)
+
+
+def test_scrub_drops_damage_and_says_so(daemon: Daemon, space: Space) -> None:
+    kvtier(daemon, "flush")
+    for slab in (daemon.directory / "state" / "ssd" / "slabs").iterdir():
+        header = slab.read_bytes().find(b"KVTSLOT\0", 65536)
+        if header >= 0:
+            with slab.open("r+b") as file:
+                file.seek(header + 4096)
+                file.write(b"damaged")
+            break
+    else:
+        pytest.fail("no slab with a block")
+
+    said = kvtier_json(daemon, "scrub", "--rate", "512MiB", "--wait", status=1)
+
+    assert said["damaged"] == {"payload": 1}
+    assert "payload 1" in kvtier(daemon, "scrub", "--status", status=1)
+    [damage] = [f for f in kvtier_json(daemon, "doctor")["findings"] if f["name"] == "damage"]
+    assert "payload 1" in damage["detail"]
+
+
+def test_resize(daemon: Daemon, space: Space) -> None:
+    done = kvtier_json(daemon, "resize", "ssd", "128MiB")
+    assert (done["former_bytes"], done["size_bytes"]) == (256 * MIB, 128 * MIB)
+    [tier] = [t for t in kvtier_json(daemon, "stat")["tiers"] if t["tier"] == "ssd"]
+    assert tier["capacity_bytes"] <= 128 * MIB
+    text = kvtier(daemon, "resize", "ssd", str(192 * MIB))
+    assert "192.0 MiB (had 128.0 MiB)" in text
+    assert "Until the next start only" in text
+    assert "256.0 MiB (tiers.ssd.size_bytes)" in text
+    assert "Until" not in kvtier(daemon, "resize", "ssd", str(256 * MIB))
+
+    assert "restart the daemon" in kvtier(daemon, "resize", "dram", "1GiB", status=1)
+    assert "no tier" in kvtier(daemon, "resize", "tape", "1GiB", status=2)
+    assert "no size" in kvtier(daemon, "resize", "ssd", "much", status=2)
+    assert "segments of" in kvtier(daemon, "resize", "ssd", "4096", status=1)
+
+
 def test_check_and_doctor(daemon: Daemon, space: Space) -> None:
     assert kvtier_json(daemon, "check") == {"ok": True, "problems": []}
     findings = {f["name"]: f for f in kvtier_json(daemon, "doctor")["findings"]}

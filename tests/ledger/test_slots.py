@@ -6,7 +6,8 @@ import pytest
 
 from kvtier.block import SLOT_BITS, SegmentPlan, TierId
 from kvtier.errors import InvariantViolated, TierFull
-from kvtier.ledger.slots import SlotCounts, TierSlots
+from kvtier.ledger.segment import SlotCounts
+from kvtier.ledger.slots import TierSlots
 from kvtier.units import KIB
 
 RED, BLUE = ("red", 4 * KIB), ("blue", 4 * KIB)
