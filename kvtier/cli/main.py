@@ -56,6 +56,7 @@ for command in (
     operator.drain,
     operator.flush,
     operator.heal,
+    operator.purge,
     operator.bypass,
     operator.check,
     operator.health,

@@ -17,6 +17,8 @@ from kvtier.client.steps import call_error, call_failures
 from kvtier.config import default_socket
 from kvtier.v1 import admin_pb2
 
+_WIPE_S = 3600.0  # how long a purge may overwrite
+
 
 class AdminClient:
     """A connection to a daemon's admin socket; who may connect is the socket's mode.
@@ -105,6 +107,16 @@ class AdminClient:
     def heal(self) -> admin_pb2.HealResponse:
         """Has a degraded SSD tier tried at once. Raises TierFailed: it is not well."""
         answer: admin_pb2.HealResponse = self._call("Heal", admin_pb2.HealRequest())
+        return answer
+
+    def purge(self, namespace_id: int, wait_s: float = 10.0) -> admin_pb2.PurgeResponse:
+        """Destroys a namespace, in memory and on disk; waits that long for its leases.
+
+        Raises BlocksHeld (somebody reads it; nothing was changed), TierFailed (purge it again).
+        """
+        request = admin_pb2.PurgeRequest(namespace_id=namespace_id, timeout_s=wait_s)
+        # Overwriting a large tier takes its time.
+        answer: admin_pb2.PurgeResponse = self._call("Purge", request, wait_s + _WIPE_S)
         return answer
 
     def bypass(self, *, on: bool, namespace_id: int = 0) -> admin_pb2.BypassResponse:

@@ -14,7 +14,7 @@ from itertools import islice
 from kvtier.block import TierId
 from kvtier.ledger.chain import Run
 from kvtier.ledger.ledger import Ledger
-from kvtier.ledger.slots import SlotClass
+from kvtier.ledger.segment import SlotClass
 
 # Runs asked for room in one search, and runs looked at to find them.
 _CANDIDATES_MAX = 256

@@ -25,55 +25,10 @@ from itertools import islice
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan
 from kvtier.errors import InvariantViolated, TierFull
 from kvtier.ledger.neighbours import by_segment
+from kvtier.ledger.segment import INDEX_MASK, Segment, SlotClass
 
-_INDEX_MASK = SLOTS_PER_SEGMENT_MAX - 1
 _SETTLED_SLOTS = 8192
 _MANY_SLOTS = 16  # where looking for consecutive ones pays
-SlotClass = tuple[str, int]  # tenant, slot size in bytes
-
-
-class Segment:
-    """One segment: its owner class, its free slots and the run that holds each slot.
-
-    Free are the slots from index `fresh` on, which were not handed out since the segment was owned,
-    and those in `returned` (a stack): so that owning one need not list all of them.
-    """
-
-    __slots__ = (
-        "fresh",
-        "home",
-        "in_use",
-        "index",
-        "owner_runs",
-        "returned",
-        "slot_class",
-        "slot_count",
-        "used",
-    )
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.slot_class: SlotClass | None = None
-        self.home: str | None = None  # tenant whose clients may still map it
-        self.slot_count = 0
-        self.used = 0
-        self.fresh = 0
-        self.returned = array("I")
-        self.in_use = bytearray()  # 1 = handed out: a second release must not pass
-        self.owner_runs = array("Q")
-
-    def take(self, count: int) -> array[int]:
-        """`count` free slots (there are as many), in use now: returned ones first."""
-        taken = self.returned[-count:]
-        del self.returned[-count:]
-        fresh = count - len(taken)
-        first = self.index << SLOT_BITS | self.fresh
-        taken.extend(range(first, first + fresh))
-        self.fresh += fresh
-        for slot in taken:
-            self.in_use[slot & _INDEX_MASK] = 1
-        self.used += count
-        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +218,13 @@ class TierSlots:
             slot_class = segment.slot_class
             if slot_class is None or segment.used == 0:
                 raise InvariantViolated(f"slot {slot:#x} released but its segment is free")
-            if not segment.in_use[slot & _INDEX_MASK]:
+            if not segment.in_use[slot & INDEX_MASK]:
                 raise InvariantViolated(f"slot {slot:#x} released but not in use")
-            segment.in_use[slot & _INDEX_MASK] = 0
+            segment.in_use[slot & INDEX_MASK] = 0
             if segment.used == segment.slot_count:
                 self._open.setdefault(slot_class, {})[segment.index] = None
             segment.returned.append(slot)
-            segment.owner_runs[slot & _INDEX_MASK] = 0
+            segment.owner_runs[slot & INDEX_MASK] = 0
             segment.used -= 1
             self._open_slots[slot_class] += 1
             self._count(slot_class[0], -slot_class[1])
@@ -299,11 +254,36 @@ class TierSlots:
                 segments[index].owner_runs[places.start : places.stop] = runs
             return
         for slot in slots:
-            segments[slot >> SLOT_BITS].owner_runs[slot & _INDEX_MASK] = run_id
+            segments[slot >> SLOT_BITS].owner_runs[slot & INDEX_MASK] = run_id
 
     def owners(self, segment_index: int) -> Iterator[int]:
         """Runs that hold a slot of the segment (0 = a slot that no block has yet is left out)."""
         return iter({run_id for run_id in self.segments[segment_index].owner_runs if run_id})
+
+    def hold(self, index: int) -> array[int]:
+        """Takes all free slots of the segment, or all of a free one (and returns none): nobody is
+        given one before `let_go`.
+        """
+        segment = self.segments[index]
+        if segment.slot_class is None:
+            self._free_segments.remove(index)
+            self._free_homes[segment.home] -= 1
+            return array("I")
+        count = segment.slot_count - segment.used
+        if not count:
+            return array("I")
+        del self._open[segment.slot_class][index]
+        self._open_slots[segment.slot_class] -= count
+        self._count(segment.slot_class[0], count * segment.slot_class[1])
+        return segment.take(count)
+
+    def let_go(self, index: int, slots: array[int]) -> None:
+        """Undoes `hold`, which returned these."""
+        segment = self.segments[index]
+        self.release(slots)
+        if segment.slot_class is None and index not in self._free_segments:
+            self._free_segments.append(index)
+            self._free_homes[segment.home] += 1
 
     def foreign_free(self, tenant: str, exclude: Container[int] = ()) -> int | None:
         """A free segment that another tenant's clients may still map, or None."""
@@ -347,7 +327,7 @@ class TierSlots:
                 raise InvariantViolated(f"segment {segment.index} is owned but holds nothing")
             if segment.in_use.count(1) != segment.used:
                 raise InvariantViolated(f"segment {segment.index}: slots in use are miscounted")
-            returned = {slot & _INDEX_MASK for slot in segment.returned}
+            returned = {slot & INDEX_MASK for slot in segment.returned}
             if len(segment.returned) + segment.used != segment.fresh:
                 raise InvariantViolated(f"segment {segment.index}: free + used != slots")
             if len(returned) != len(segment.returned):

@@ -61,6 +61,7 @@ class AdminService:
             "Flush": (self.flush, admin_pb2.FlushRequest),
             "AdminEvict": (self.evict, admin_pb2.AdminEvictRequest),
             "Heal": (self.heal, admin_pb2.HealRequest),
+            "Purge": (self.purge, admin_pb2.PurgeRequest),
         }
         border = self._border
         methods = {n: unary(border.plain(n, verb), kind) for n, (verb, kind) in plain.items()}
@@ -133,6 +134,16 @@ class AdminService:
     async def heal(self, _request: admin_pb2.HealRequest, _: Context) -> bytes:
         """Probes the SSD tier; TierFailed when it is not well."""
         return admin_pb2.HealResponse(state=await self._store.keeper.heal()).SerializeToString()
+
+    async def purge(self, request: admin_pb2.PurgeRequest, _: Context) -> bytes:
+        """Clears a namespace off the disk."""
+        timeout_s = self._timeout_s(request.timeout_s)
+        done = await self._store.purge(request.namespace_id, timeout_s)
+        return admin_pb2.PurgeResponse(
+            block_count=done.block_count,
+            key_destroyed=done.key_destroyed,
+            wiped_bytes=done.wiped_bytes,
+        ).SerializeToString()
 
     def bypass(self, request: admin_pb2.BypassRequest, _: Context) -> bytes:
         """On or off, for all or one namespace."""
@@ -215,6 +226,9 @@ def _namespace_stat(use: NamespaceUse) -> admin_pb2.NamespaceStat:
         miss_blocks=use.miss_blocks,
         bypassed=use.bypassed,
         block_tokens=use.spec.format.block_tokens,
+        encrypted=use.encrypted,
+        locked=use.locked,
+        max_age_s=use.max_age_s,
     )
 
 

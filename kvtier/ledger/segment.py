@@ -1,0 +1,57 @@
+"""Segment: the slots of one segment of a tier, free and in use.
+
+Does not: choose segments or count bytes (slots.py).
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX
+
+INDEX_MASK = SLOTS_PER_SEGMENT_MAX - 1
+SlotClass = tuple[str, int]  # tenant, slot size in bytes
+
+
+class Segment:
+    """One segment: its owner class, its free slots and the run that holds each slot.
+
+    Free are the slots from index `fresh` on, which were not handed out since the segment was owned,
+    and those in `returned` (a stack): so that owning one need not list all of them.
+    """
+
+    __slots__ = (
+        "fresh",
+        "home",
+        "in_use",
+        "index",
+        "owner_runs",
+        "returned",
+        "slot_class",
+        "slot_count",
+        "used",
+    )
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.slot_class: SlotClass | None = None
+        self.home: str | None = None  # tenant whose clients may still map it
+        self.slot_count = 0
+        self.used = 0
+        self.fresh = 0
+        self.returned = array("I")
+        self.in_use = bytearray()  # 1 = handed out: a second release must not pass
+        self.owner_runs = array("Q")
+
+    def take(self, count: int) -> array[int]:
+        """`count` free slots (there are as many), in use now: returned ones first."""
+        taken = self.returned[-count:]
+        del self.returned[-count:]
+        fresh = count - len(taken)
+        first = self.index << SLOT_BITS | self.fresh
+        taken.extend(range(first, first + fresh))
+        self.fresh += fresh
+        for slot in taken:
+            self.in_use[slot & INDEX_MASK] = 1
+        self.used += count
+        return taken
