@@ -18,7 +18,7 @@ from kvtier.tiers.identity import Identity
 from kvtier.tiers.packing import pack_record
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab
 from kvtier.tiers.slots import SLOT_HEADER_BYTES
-from kvtier.tiers.state import NamespaceBook, prepare_directory
+from kvtier.tiers.state import Named, NamespaceBook, prepare_directory
 from kvtier.units import GIB, KIB
 
 BLOCK_BYTES: Final = 4 * KIB
@@ -48,7 +48,7 @@ def write_state(state: Path, block_count: int, *, tier_bytes: int) -> None:
     files = Files()
     prepare_directory(files, directory)
     space = spec()
-    names = {space.digest: (_EPOCH, space.to_json())}
+    names = {space.digest: Named(_EPOCH, space.to_json())}
     NamespaceBook(files, directory / "namespaces").save(names)
     for index in range(ssd_bytes(block_count) // SEGMENT_BYTES):
         path = directory / "slabs" / f"{index:05}.slab"

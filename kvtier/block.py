@@ -274,10 +274,9 @@ class Keys:
 
 @dataclass(slots=True)
 class SlotLabel:
-    """What a slot's bytes are said to be. Written in the slot header and in the catalogue.
-
-    `checksum` is XXH3-64 of the stored bytes (`size_bytes` of them); `generation` grows with
-    every write of the tier, so that of two claims to one key the later can be told.
+    """What a slot's bytes are said to be, in its header and in the catalogue. `checksum`: XXH3-64
+    of the bytes, or of an encrypted copy the first half of its tag. `generation` grows with every
+    write of a tier: of two claims to one key the later can be told.
     """
 
     namespace: bytes  # digest, 16 bytes
@@ -291,6 +290,7 @@ class SlotLabel:
     codec: Codec = Codec.RAW
     fidelity: Fidelity = Fidelity.EXACT
     generation: int = 0
+    written_s: int = 0  # when the block was stored: wall clock, rounded down; 0 = not known
 
 
 @dataclass(slots=True)

@@ -21,8 +21,10 @@ from kvtier.sections import (
     SOCKET_PATH_BYTES_MAX,
     Config,
     DramConfig,
+    EncryptionConfig,
     LimitsConfig,
     MetricsConfig,
+    NamespaceConfig,
     PolicyConfig,
     ServerConfig,
     SsdConfig,
@@ -39,8 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENVIRONMENT_ALLOWED", "SECTIONS", "SESSION_SUFFIX", "SOCKET_PATH_BYTES_MAX", "Config",
-    "DramConfig", "LimitsConfig", "MetricsConfig", "PolicyConfig", "ServerConfig", "SsdConfig",
-    "StateConfig", "TenantConfig", "TiersConfig", "default_socket", "describe_changes",
+    "DramConfig", "EncryptionConfig", "LimitsConfig", "MetricsConfig", "NamespaceConfig",
+    "PolicyConfig", "ServerConfig", "SsdConfig", "StateConfig", "TenantConfig", "TiersConfig",
+    "default_socket", "describe_changes",
     "example_toml", "load", "session_socket", "to_toml", "with_live_changes",
 ]  # fmt: skip
 
@@ -51,7 +54,11 @@ _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|=(tcp|udp):/
 _SSD_BYTES_DEFAULT_MAX = 64 * GIB
 _TIER_BYTES_DEFAULT_MIN = 64 * MIB
 _KEYS = {f"{s}.{f.name}": f for s, section in SECTIONS.items() for f in fields(section)}
-_TENANT_KEYS = {f"tenants.{f.name}": f for f in fields(TenantConfig)}
+# What is written as tables of its own, [[tenants]]: its class, and what each must have.
+_ARRAYS: dict[str, tuple[Any, str]] = {
+    "tenants": (TenantConfig, "name"), "namespaces": (NamespaceConfig, "")
+}  # fmt: skip
+_Arrays = dict[str, tuple[Any, ...]]
 
 
 def load(
@@ -71,7 +78,7 @@ def load(
         DeviceUnavailable: this machine's memory or disk cannot be measured.
     """
     file = path or (Path(environ["KVTIER_CONFIG"]) if environ.get("KVTIER_CONFIG") else None)
-    given, tenants = _read_file(file) if file else ({}, ())
+    given, arrays = _read_file(file) if file else ({}, {})
     names = {"KVTIER_" + name.upper().replace(".", "_"): name for name in _KEYS}
     for name, text in environ.items():
         if not name.startswith("KVTIER_") or _KUBERNETES.search(f"{name}={text}"):
@@ -82,7 +89,7 @@ def load(
         elif name not in ENVIRONMENT_ALLOWED:
             raise unknown(name, [*names, *ENVIRONMENT_ALLOWED])
     _complete(given, environ, running, root)
-    return _assemble({name: SECTIONS[name](**part(given, name)) for name in SECTIONS}, tenants)
+    return _assemble({name: SECTIONS[name](**part(given, name)) for name in SECTIONS}, arrays)
 
 
 def default_socket(environ: Mapping[str, str]) -> Path:
@@ -99,8 +106,9 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
     for name in SECTIONS:
         lines += [f"[{name}]", *toml_lines(attrgetter(name)(config)), ""]
-    for tenant in config.tenants:
-        lines += ["[[tenants]]", *toml_lines(tenant), ""]
+    for name in _ARRAYS:
+        for table in getattr(config, name):
+            lines += [f"[[{name}]]", *toml_lines(table), ""]
     return "\n".join(lines)
 
 
@@ -110,7 +118,8 @@ def example_toml() -> str:
     lines += ["# The environment overrides: KVTIER_SERVER_GRACE_S=5. (live): SIGHUP is enough.", ""]
     for name, section in SECTIONS.items():
         lines += [f"# {section.__doc__}", f"[{name}]", *example_lines(section), ""]
-    lines += [f"# {TenantConfig.__doc__}", "# [[tenants]]", *example_lines(TenantConfig), ""]
+    for name, (kind, _) in _ARRAYS.items():
+        lines += [f"# {kind.__doc__}", f"# [[{name}]]", *example_lines(kind), ""]
     return "\n".join(lines)
 
 
@@ -121,39 +130,47 @@ def describe_changes(old: Config, new: Config) -> list[tuple[str, bool]]:
         for name, declared in _KEYS.items()
         if attrgetter(name)(old) != attrgetter(name)(new)
     ]
-    return changes + ([("tenants", False)] if old.tenants != new.tenants else [])
+    arrays = [(name, name == "namespaces") for name in _ARRAYS]
+    return changes + [(n, live) for n, live in arrays if getattr(old, n) != getattr(new, n)]
 
 
 def with_live_changes(old: Config, new: Config) -> Config:
     """`old`, with what may change live taken from `new`. ConfigError: the mixture contradicts."""
-    changed = {name: attrgetter(name)(new) for name, live in describe_changes(old, new) if live}
+    live = [name for name, is_live in describe_changes(old, new) if is_live]
+    changed = {name: attrgetter(name)(new) for name in live}
     sections = {s: replace(attrgetter(s)(old), **part(changed, s)) for s in SECTIONS}
-    return _assemble(sections, old.tenants)
+    return _assemble(sections, {"tenants": old.tenants, "namespaces": new.namespaces})
 
 
-def _assemble(sections: dict[str, Any], tenants: tuple[TenantConfig, ...]) -> Config:
+def _assemble(sections: dict[str, Any], arrays: _Arrays) -> Config:
     tiers = TiersConfig(sections.pop("tiers.dram"), sections.pop("tiers.ssd"))
-    return Config(**sections, tiers=tiers, tenants=tenants)
+    return Config(**sections, **arrays, tiers=tiers)  # type: ignore[arg-type]
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], tuple[TenantConfig, ...]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], _Arrays]:
     import tomllib  # not for clients, which only ask for default_socket
 
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    tables = tree.pop("tenants", [])
+    arrays = {name: _tables(name, tree.pop(name, [])) for name in _ARRAYS}
+    return _parsed(flatten(tree, {*SECTIONS, "tiers"}), _KEYS), arrays
+
+
+def _tables(name: str, tables: Any) -> tuple[Any, ...]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigError("tenants: write each tenant as a table of its own, [[tenants]]")
-    given = _parsed(flatten(tree, {*SECTIONS, "tiers"}), _KEYS)
-    tenants = []
+        one = name.removesuffix("s")
+        raise ConfigError(f"{name}: write each {one} as a table of its own, [[{name}]]")
+    kind, needed = _ARRAYS[name]
+    known = {f"{name}.{declared.name}": declared for declared in fields(kind)}
+    made = []
     for table in tables:
-        values = _parsed(flatten(table, set(), "tenants."), _TENANT_KEYS)
-        if "tenants.name" not in values:
-            raise ConfigError("tenants.name: every one of [[tenants]] needs a name")
-        tenants.append(TenantConfig(**part(values, "tenants")))
-    return given, tuple(tenants)
+        values = _parsed(flatten(table, set(), f"{name}."), known)
+        if needed and f"{name}.{needed}" not in values:
+            raise ConfigError(f"{name}.{needed}: every one of [[{name}]] needs a {needed}")
+        made.append(kind(**part(values, name)))
+    return tuple(made)
 
 
 def _parsed(flat: dict[str, Any], known: dict[str, Field[Any]]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class NamespaceUse:
     hit_blocks: int
     miss_blocks: int
     bypassed: bool
+    encrypted: bool  # on SSD
+    locked: str  # why its blocks cannot be decrypted: all of them miss
+    max_age_s: float  # 0 = none
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,21 +8,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from kvtier.block import Keys
 from kvtier.errors import TierFailed
 from kvtier.ledger.chain import Namespace
-from kvtier.ledger.ledger import Erasure, Ledger
+from kvtier.ledger.holdings import Erasure
+from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.progress import Progress
 from kvtier.recovering import Recovering
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.ssd import SsdTier
+from kvtier.units import MIB
 
 # Keys evicted between two turns of the loop: a fraction of a millisecond.
 _EVICT_KEYS = 64
+_ERASE_SLOTS = 1024
+_ERASE_BYTES = 64 * MIB
 _LOOK_S = 0.25  # how often a wait looks again when nobody says that something happened
 
 
@@ -68,12 +72,12 @@ class Erasing:
             erasures = self._unerased + self._ledger.take_erasures()
             self._unerased = []
             failed: TierFailed | None = None
-            for wipe in (True, False):
-                chosen = [erasure for erasure in erasures if erasure.wipe is wipe]
-                for at in range(0, len(chosen), 1024):
-                    part = chosen[at : at + 1024]
+            kinds = ((True, True), (True, False), (False, True), (False, False))
+            for wipe, whole in kinds:
+                chosen = [e for e in erasures if (e.wipe, e.whole) == (wipe, whole)]
+                for part in _parts(chosen, whole):
                     try:
-                        await self._erase(part, wipe)
+                        await self._erase(part, wipe, whole)
                     except TierFailed as error:
                         self._unerased.extend(part)
                         self._wipes_failed += wipe
@@ -82,11 +86,12 @@ class Erasing:
             if failed is not None:
                 raise failed
 
-    async def _erase(self, erasures: list[Erasure], wipe: bool) -> None:
+    async def _erase(self, erasures: list[Erasure], wipe: bool, whole: bool) -> None:
         assert self._ssd is not None
         records = [SlotRecord(e.slot, e.slot_bytes, e.label) for e in erasures]
         reach("erase.begin")
-        await self._in_thread(functools.partial(self._ssd.erase, records, durable=wipe))
+        erase = functools.partial(self._ssd.erase, records, durable=wipe, whole=whole)
+        await self._in_thread(erase)
         reach("erase.done")
         self._ledger.erased(erasures)
         self._progress.notify()
@@ -139,3 +144,14 @@ class Erasing:
             await self.run()
         if self._wipes_failed != failed_before:
             raise TierFailed("the blocks are gone, but not yet durably so: evict them again")
+
+
+def _parts(erasures: list[Erasure], whole: bool) -> Iterator[list[Erasure]]:
+    """As many as are erased at once; where all bytes are written, not too many of them."""
+    at = 0
+    while at < len(erasures):
+        count = _ERASE_SLOTS
+        if whole:
+            count = min(count, max(1, _ERASE_BYTES // erasures[at].slot_bytes))
+        yield erasures[at : at + count]
+        at += count

@@ -82,6 +82,14 @@ class BlocksGone(KvTierError):
     retryable = True
 
 
+class BlocksHeld(KvTierError):
+    """Leased, so that they cannot be taken away now; the message says who. Nothing was changed."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "BLOCKS_HELD"
+    retryable = True
+
+
 class VersionMismatch(KvTierError):
     """Client and daemon speak versions that do not meet."""
 

@@ -20,6 +20,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from kvtier import native
+from kvtier.ageing import Ageing
 from kvtier.block import (
     SLOT_BITS,
     EventKind,
@@ -44,9 +45,11 @@ from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.ledger.search import Span, all_in
 from kvtier.progress import EventRing, Progress
+from kvtier.purging import Purging
 from kvtier.recovering import Recovering
 from kvtier.recycling import Recycling
 from kvtier.resizing import Resizing
+from kvtier.rules import encrypted_by
 from kvtier.scrubbing import Scrubbing
 from kvtier.sections import SsdConfig
 from kvtier.session import Session
@@ -63,6 +66,7 @@ from kvtier.tally import (
 )
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import Tier
+from kvtier.tiers.cipher import Keyring
 from kvtier.tiers.dram import DramTier
 from kvtier.tiers.ssd import SsdTier
 from kvtier.transfer.mover import Mover
@@ -87,10 +91,8 @@ class Keeper:
         self.ssd = ssd
         self.single_tenant = config.server.trust == "single-tenant"
         self.sessions: dict[int, Session] = {}
-        self.draining = False
-        self.bypassed = config.server.bypass
-        self.tally = Tally()
-        self.progress = Progress()
+        self.draining, self.bypassed = False, config.server.bypass
+        self.tally, self.progress = Tally(), Progress()
         self.events = EventRing(
             config.server.watch_events_max,
             # Microseconds of wall time: no daemon stores a million times a second for its life.
@@ -107,10 +109,7 @@ class Keeper:
             namespaces_max=limits.namespaces_max,
             placeholders_max=limits.placeholders_max,
         )
-        for tenant in config.tenants:
-            guaranteed = self.ledger.guaranteed_bytes
-            guaranteed[tenant.name, TierId.DRAM] = tenant.dram_guaranteed_bytes
-            guaranteed[tenant.name, TierId.SSD] = tenant.ssd_guaranteed_bytes
+        self._guarantee()
         self.filling = Filling(self.ledger)
         self.moves = Moves(self.ledger, in_flight_max=limits.moves_in_flight_max)
         # Copies of clients' stores must not wait behind a slow disk: pools of their own.
@@ -138,9 +137,9 @@ class Keeper:
         self.erasing = Erasing(
             ssd, self.ledger, self.moves, self.progress, self.in_thread, self.recovering
         )
+        self.ageing = Ageing(self.ledger, clock, config.rule)
         self._clock, self._started_s = clock, clock.monotonic_s()
-        self._rates = Rates()
-        self._woken = asyncio.Event()
+        self._rates, self._woken = Rates(), asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
@@ -151,6 +150,7 @@ class Keeper:
 
     def _begin_upkeep(self, section: SsdConfig) -> None:
         self._ssd_tend_at_s = self._started_s + _SSD_TEND_S
+        turn = asyncio.Lock()  # a resize and a purge both take segments out of use
         self.health = Health(
             self.ssd, self.ledger, self._clock, self.in_thread, errors_max=section.errors_max
         )
@@ -162,9 +162,21 @@ class Keeper:
         )  # fmt: skip
         self.resizing = Resizing(
             self.ssd, self.ledger, self.moves, self.scrubbing, self.health, self.recovering,
-            self.progress, self._clock, config=section, in_thread=self.in_thread, wake=self.wake,
-            stop_by=self.stop_by,
+            self.progress, self._clock, config=section, turn=turn, in_thread=self.in_thread,
+            wake=self.wake, stop_by=self.stop_by,
         )  # fmt: skip
+        self.purging = Purging(
+            self.ssd, self.ledger, self.filling, self.moves, self.progress, self._clock,
+            in_thread=self.in_thread, erasing=self.erasing, recovering=self.recovering,
+            scrubbing=self.scrubbing, turn=turn,
+            cleared=functools.partial(self.tell, EventKind.CLEARED),
+        )  # fmt: skip
+
+    def _guarantee(self) -> None:
+        guaranteed = self.ledger.guaranteed_bytes
+        for tenant in self.config.tenants:
+            guaranteed[tenant.name, TierId.DRAM] = tenant.dram_guaranteed_bytes
+            guaranteed[tenant.name, TierId.SSD] = tenant.ssd_guaranteed_bytes
 
     def reconfigure(self, config: Config) -> None:
         """Takes over what may change live; the rest of `config` must be as it was."""
@@ -176,6 +188,10 @@ class Keeper:
         self.health.errors_max = ssd.errors_max
         self.scrubbing.reconfigure(bytes_per_s=ssd.scrub_bytes_per_s, interval_s=ssd.scrub_every_s)
         self.resizing.config = ssd
+        self.ageing.rule = config.rule
+        self.ageing.renew()
+        if self.ssd is not None:
+            self.ssd.keyring.wanted = encrypted_by(config)
         self.wake()
 
     def now_s(self) -> float:
@@ -200,6 +216,7 @@ class Keeper:
         """Starts tending, and bringing back what the SSD tier has (`recovering`)."""
         keeper = cls(config, dram, ssd, clock)
         await keeper.recovering.begin()
+        keeper.ageing.learn_spaces()
         keeper._tending = asyncio.get_running_loop().create_task(keeper._tend())
         return keeper
 
@@ -292,6 +309,8 @@ class Keeper:
             self.on_reservation_over(reservation)
         self.filling.expire_partials(now_s)
         self.scrubbing.tick()
+        if self.ageing.tick(is_recovered=self.recovering.is_over):
+            self.wake()
         self._rates.update(now_s, bytes_in_and_out(self.tally, self.mover, self.ledger))
         if self._starving:
             self._starving = False
@@ -478,7 +497,9 @@ class Keeper:
 
     def is_bypassed(self, asked: Sequence[tuple[Namespace, Keys]]) -> bool:
         """Whether lookups and stores of these namespaces are switched off."""
-        return self.bypassed or any(space.bypassed for space, _ in asked)
+        return self.bypassed or any(
+            space.bypassed or space.locked or space.purging for space, _ in asked
+        )
 
     def predicted(self, space: Namespace, found: Found) -> Found:
         """The answer with its predicted load time; cut where loading costs more than prefill."""
@@ -522,6 +543,8 @@ class Keeper:
             errors[TierId.SSD] = self.ssd.counts().error_count
         states = {} if self.recovering.is_over else {TierId.SSD: self.recovering.state}
         detail = self.health.error or self.recovering.problem
+        if locked := sum(bool(space.locked) for space in ledger.spaces.values()):
+            detail = detail or f"{locked} namespaces are encrypted under another key: they miss"
         state = "draining" if self.draining else "bypassed" if self.bypassed else "serving"
         return StoreCounts(
             uptime_s=now_s - self._started_s,
@@ -538,7 +561,7 @@ class Keeper:
             reservation_oldest_s=max((now_s - r.started_s for r in reservations), default=0),
             sessions=session_uses(sessions, now_s),
             routes=route_uses(self.mover),
-            namespaces=tuple(namespace_uses(ledger)[:namespaces_max]),
+            namespaces=tuple(self.namespace_uses()[:namespaces_max]),
             corrupt_count=ledger.corrupt_blocks,
             corrupt=dict(tally.corrupt),
             scrub=self.scrubbing.use(),
@@ -554,7 +577,8 @@ class Keeper:
 
     def namespace_uses(self) -> list[NamespaceUse]:
         """All namespaces."""
-        return namespace_uses(self.ledger)
+        keyring = self.ssd.keyring if self.ssd is not None else Keyring()
+        return namespace_uses(self.ledger, keyring)
 
     def block_uses(self, space: Namespace, after_key: bytes, count_max: int) -> list[BlockUse]:
         """A page of blocks."""
@@ -567,6 +591,7 @@ class Keeper:
         held[TierId.SSD] = held.get(TierId.SSD, 0) + self.scrubbing.held_count
         for tier, count in self.moves.held_slots().items():
             held[tier] = held.get(tier, 0) + count
+        held[TierId.SSD] = held.get(TierId.SSD, 0) + self.purging.held_slots
         checks: list[Callable[[], Any]] = [lambda: self.ledger.check(held=held), self.dram.check]
         if self.ssd is not None:
             checks.append(self.ssd.check)

@@ -45,6 +45,7 @@ _NOBODY_S = 0.00003  # an empty turn of the loop takes less
 _CALL_S = 0.0015
 _RETRY_S = 10.0
 _NICE = 15
+_LOCKED = "encrypted under another key"
 
 SERVING, RECOVERING, FAILED = "serving", "recovering", "failed"
 
@@ -141,6 +142,7 @@ class Recovering:
                 await self._in_thread(functools.partial(self._set_epoch, ssd, space))
                 self._cleared.discard(digest)
             space.epoch = max(space.epoch, epoch)
+            space.locked = _LOCKED if digest in ssd.keyring.locked else ""
             self.registered.add(digest)
 
     async def _run(self, ssd: SsdTier) -> None:

@@ -82,6 +82,7 @@ class Resizing:
         clock: Clock,
         *,
         config: SsdConfig,
+        turn: asyncio.Lock,
         in_thread: InThread,
         wake: Callable[[], None],
         stop_by: Callable[[BaseException], None],
@@ -95,6 +96,7 @@ class Resizing:
         self._recovering = recovering
         self._progress = progress
         self._clock = clock
+        self._turn = turn
         self._in_thread = in_thread
         self._wake = wake
         self._stop_by = stop_by
@@ -128,7 +130,7 @@ class Resizing:
         self._must_serve()
         if self._task is not None:
             raise LimitReached("a resize is under way; wait for its end")
-        self._task = asyncio.get_running_loop().create_task(self._resize(ssd, count))
+        self._task = asyncio.get_running_loop().create_task(self._in_turn(ssd, count))
         self._task.add_done_callback(self._ended)
         return await asyncio.shield(self._task)
 
@@ -168,6 +170,11 @@ class Resizing:
             raise TierFailed(f"the SSD tier is degraded ({self._health.error}): kvtier heal first")
         if self._stopping:
             raise DaemonUnavailable("the daemon is stopping")
+
+    async def _in_turn(self, ssd: SsdTier, count: int) -> Resized:
+        async with self._turn:
+            self._must_serve()
+            return await self._resize(ssd, count)
 
     async def _resize(self, ssd: SsdTier, count: int) -> Resized:
         slots = self._ledger.slots[TierId.SSD]
@@ -261,10 +268,14 @@ class Resizing:
         ledger, size_bytes = self._ledger, 0
         moves: list[Move] = []
         unplaced: dict[Namespace, list[Claim]] = {}
+        locked: list[Claim] = []
         for claim in found:
             if size_bytes >= _BATCH_BYTES or len(moves) >= _BATCH_BLOCKS:
-                return moves, []  # the others have their turn in the next round
+                return moves, locked  # the others have their turn in the next round
             space = claim.run.space
+            if space.locked:
+                locked.append(claim)
+                continue
             if space in unplaced or not relocation.has_room(ledger, space, TierId.SSD):
                 unplaced.setdefault(space, []).append(claim)
                 continue
@@ -272,7 +283,7 @@ class Resizing:
             if move is not None:
                 moves.append(move)
                 size_bytes += move.source_slot_bytes * len(move.source_slots)
-        homeless: list[Claim] = []
+        homeless = locked
         for space, lacking in unplaced.items():
             before = ledger.slots[TierId.SSD].used_bytes, ledger.is_erasing
             self._moves.make_room(TierId.SSD, space, len(lacking) * space.shards)
@@ -288,11 +299,12 @@ class Resizing:
         why = "somebody still reads or writes there"
         if homeless:
             pinned = sum(claim.run.pins > 0 for claim in homeless)
-            why = f"{len(homeless)} blocks are leased, or pinned ({pinned})"
+            locked = sum(bool(claim.run.space.locked) for claim in homeless)
+            why = f"{len(homeless)} blocks are leased, pinned ({pinned}) or locked ({locked})"
         raise TierFull(
             f"{format_bytes(used)} of the SSD tier's last {len(busy)} segments cannot go: {why}, "
-            "and have no place in a tier of that size; unpin them (kvtier unpin), or "
-            "choose a larger size"
+            "and have no place in a tier of that size; unpin them (kvtier unpin), purge namespaces "
+            "whose key is lost, or choose a larger size"
         )
 
     # --- moving

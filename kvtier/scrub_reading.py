@@ -88,6 +88,8 @@ class ScrubReading:
             end=min(count, first + HEADERS_MAX),
             count_max=max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // slot_bytes)),
         )  # fmt: skip
+        # Nobody here has the key: nothing can be said of them.
+        found = [claim for claim in found if not claim.run.space.locked]
         in_use, base = segment.in_use, segment_index << SLOT_BITS
         empty = [base | at for at in range(first, end) if not in_use or not in_use[at]]
         label = self._ledger.label

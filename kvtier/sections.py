@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,35 @@ class TenantConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class NamespaceConfig:
+    """How namespaces are kept; of those that match, the first rule counts. Patterns: * ? [a-z]"""
+
+    tenant: str = key("*", "Tenants it is for.", live=True)
+    model: str = key("*", "Models it is for.", live=True)
+    encrypt: bool = key(False, "Encrypt new ones on SSD: AES-256-GCM.", live=True)
+    max_age_s: float = key(0.0, "Blocks older than that go, wiped. 0: never.", live=True)
+
+    def matches(self, tenant: str, model: str) -> bool:
+        """Whether the rule is for namespaces of this tenant and model."""
+        return fnmatchcase(tenant, self.tenant) and fnmatchcase(model, self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionConfig:
+    """The master key: 32 bytes or 64 hex digits in a file (mode 0600), or a systemd credential."""
+
+    key_file: Path | None = field(
+        default=None, metadata=about("The key.", shown="/etc/kvtier/master.key")
+    )
+    key_file_previous: Path | None = field(
+        default=None, metadata=about("The key before it.", shown="/etc/kvtier/former.key")
+    )
+    credential: str | None = field(
+        default=None, metadata=about("Name in $CREDENTIALS_DIRECTORY.", shown="kvtier-master")
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyConfig:
     """What is evicted first."""
 
@@ -176,7 +206,14 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    encryption: EncryptionConfig = field(default_factory=EncryptionConfig)
     tenants: tuple[TenantConfig, ...] = ()
+    namespaces: tuple[NamespaceConfig, ...] = ()
+
+    def rule(self, tenant: str, model: str) -> NamespaceConfig:
+        """The first of `namespaces` that matches; else what holds for all others."""
+        found = (rule for rule in self.namespaces if rule.matches(tenant, model))
+        return next(found, NamespaceConfig())
 
     def __post_init__(self) -> None:
         if not self.tenants:
@@ -193,6 +230,7 @@ class Config:
 SECTIONS: dict[str, Any] = {
     "server": ServerConfig, "state": StateConfig, "tiers.dram": DramConfig, "tiers.ssd": SsdConfig,
     "limits": LimitsConfig, "policy": PolicyConfig, "metrics": MetricsConfig,
+    "encryption": EncryptionConfig,
 }  # fmt: skip
 
 
@@ -210,6 +248,7 @@ def _check(config: Config) -> None:
     """Raises ConfigError for the first two keys that disagree."""
     _check_sockets(config)
     _check_tenants(config)
+    _check_encryption(config)
     for name, tier in (("tiers.dram", config.tiers.dram), ("tiers.ssd", config.tiers.ssd)):
         enabled = tier is config.tiers.dram or config.tiers.ssd.enabled
         size_bytes = tier.size_bytes if enabled else 0
@@ -242,6 +281,23 @@ def _check(config: Config) -> None:
             f"limits.write_arena_bytes = {limits.write_arena_bytes}: must hold one block of "
             f"limits.block_bytes_max = {limits.block_bytes_max}"
         )
+
+
+def _check_encryption(config: Config) -> None:
+    given = config.encryption
+    if given.key_file is not None and given.credential is not None:
+        raise ConfigError("encryption.key_file and encryption.credential: set one of them")
+    if given.credential is not None and not re.fullmatch(r"[A-Za-z0-9._@-]+", given.credential):
+        raise ConfigError(f"encryption.credential = {given.credential!r}: must be a name, no path")
+    has_key = given.key_file is not None or given.credential is not None
+    if given.key_file_previous is not None and not has_key:
+        raise ConfigError("encryption.key_file_previous: needs the key of now, encryption.key_file")
+    for rule in config.namespaces:
+        if rule.encrypt and not has_key:
+            raise ConfigError(
+                f"namespaces.encrypt = True (tenant {rule.tenant!r}, model {rule.model!r}): set "
+                "encryption.key_file or encryption.credential"
+            )
 
 
 def _check_sockets(config: Config) -> None:

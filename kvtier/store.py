@@ -37,6 +37,7 @@ from kvtier.block import (
 from kvtier.config import Config
 from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
 from kvtier.errors import (
+    BlocksGone,
     DaemonUnavailable,
     InvalidRequest,
     InvariantViolated,
@@ -51,8 +52,8 @@ from kvtier.keeper import Keeper
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import RESERVE_KEYS_MAX
 from kvtier.ledger.holdings import Entry, Lease, Reservation
-from kvtier.ledger.neighbours import segments_of
-from kvtier.ledger.search import Span, cut_spans
+from kvtier.ledger.search import Span, cut_spans, segments_of
+from kvtier.purging import Purged
 from kvtier.session import Session
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.arena import Arena
@@ -219,6 +220,7 @@ class Store:
                 f"{self.keeper.config.limits.block_bytes_max}"
             )
         space = self._ledger.open_namespace(replace(spec, tenant=session.tenant))
+        self.keeper.ageing.learn_spaces()
         if prefill_tokens_per_s > 0:
             space.prefill_tokens_per_s = prefill_tokens_per_s
         return space.id, space.epoch, space.shard_bytes
@@ -450,6 +452,8 @@ class Store:
             DaemonUnavailable: the daemon is draining.
         """
         space = self._space(session, namespace_id)
+        if space.purging:
+            raise BlocksGone(f"namespace {namespace_id} is being purged: store again later")
         if self.keeper.is_bypassed([(space, keys)]):
             return ReserveGrant(0, (), len(keys), 0, None)
         if len(session.reservations) >= self.keeper.config.limits.reservations_per_session_max:
@@ -584,6 +588,8 @@ class Store:
                 f"reservation {reservation.id} ended while its bytes were copied: nothing was "
                 "stored; reserve again"
             )
+        if reservation.epoch < space.purged_epoch:
+            raise BlocksGone(f"namespace {space.id} was purged meanwhile: store again")
         if filled.ready:
             self.keeper.tally.stored_blocks += len(filled.ready)
             self._tell_stored(space, entries, filled.ready)
@@ -695,6 +701,13 @@ class Store:
         self.keeper.tell(EventKind.CLEARED, space)
         await self.keeper.begin_epoch(space)
         return space.epoch, count
+
+    async def purge(self, namespace_id: int, timeout_s: float) -> Purged:
+        """Clears the namespace, off the disk, too, and destroys its key; waits that long for leases
+        and moves. Raises BlocksHeld, TierFailed.
+        """
+        space = self._space(None, namespace_id)
+        return await self.keeper.purging.purge(space, self._sessions, timeout_s)
 
     def pin(self, session: Session | None, query: GroupQuery) -> int:
         """These blocks are not forgotten until unpinned as often. Returns how many exist."""

@@ -15,6 +15,7 @@ from kvtier.errors import BlockCorrupt, KvTierError
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 from kvtier.session import Session
+from kvtier.tiers.cipher import Keyring
 from kvtier.transfer.mover import Mover
 
 _RATE_WINDOW_S = 2.0
@@ -135,7 +136,7 @@ def tier_uses(
     return tuple(uses)
 
 
-def namespace_uses(ledger: Ledger) -> list[NamespaceUse]:
+def namespace_uses(ledger: Ledger, keyring: Keyring) -> list[NamespaceUse]:
     """All namespaces, those with most blocks first."""
     uses = [
         NamespaceUse(
@@ -148,6 +149,9 @@ def namespace_uses(ledger: Ledger) -> list[NamespaceUse]:
             hit_blocks=space.hit_blocks,
             miss_blocks=space.miss_blocks,
             bypassed=space.bypassed,
+            encrypted=keyring.key_of(space.digest) is not None or bool(space.locked),
+            locked=space.locked,
+            max_age_s=space.max_age_s,
         )
         for space in ledger.spaces.values()
     ]

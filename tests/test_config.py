@@ -244,6 +244,16 @@ def test_foreign_names_in_the_environment_are_not_ours(environ: dict[str, str]) 
         ("[[tenants]]\nuids = [1]", r"tenants\.name: every"),
         ("[tenants]\nname = 'a'", r"write each tenant as a table of its own, \[\[tenants\]\]"),
         ("tenants = [1]", r"\[\[tenants\]\]"),
+        ("[namespaces]\nmodel = 'a'", r"write each namespace as a table of its own"),
+        ("[[namespaces]]\nmodels = 'a'", r"unknown key namespaces\.models; .* namespaces\.model"),
+        ("[[namespaces]]\nmodel = 3", r"namespaces\.model = 3: must be text"),
+        ("[[namespaces]]\nmax_age_s = -1", r"namespaces\.max_age_s = -1: must be a number"),
+        ("[[namespaces]]\nencrypt = 1", r"namespaces\.encrypt = 1: must be true or false"),
+        ("[[namespaces]]\nencrypt = true", r"set encryption\.key_file or encryption\.credential"),
+        ("[encryption]\nkey_file = 'key'", r"encryption\.key_file = 'key': must be an absolute"),
+        ("[encryption]\nkey_file = '/k'\ncredential = 'k'", "set one of them"),
+        ("[encryption]\ncredential = '../k'", "must be a name, no path"),
+        ("[encryption]\nkey_file_previous = '/k'", r"needs the key of now"),
         ("server = 3", r"server = 3: must be a table, \[server\]"),
         ("[server", "kvtier.toml: "),
         ("[tiers.dram]\nsize_bytes = '10 apples'", r"tiers\.dram\.size_bytes = '10 apples'.*64MiB"),
@@ -422,10 +432,9 @@ def test_the_committed_example_is_generated_and_complete(
     assert read(tmp_path, environ, text) == load(None, environ)
 
     every_key = tomllib.loads(re.sub(r"^# (\[\[|\w+ = )", r"\1", text, flags=re.MULTILINE))
+    single = ("server", "state", "limits", "policy", "metrics", "encryption")
     expected = {f"{s}.{f.name}" for s in configuration.SECTIONS for f in _fields(s)}
-    flat = {
-        f"{s}.{k}" for s in ("server", "state", "limits", "policy", "metrics") for k in every_key[s]
-    }
+    flat = {f"{s}.{k}" for s in single for k in every_key[s]}
     flat |= {f"tiers.{t}.{k}" for t in ("dram", "ssd") for k in every_key["tiers"][t]}
     assert flat == expected
     assert every_key["tenants"][0].keys() == {f.name for f in dataclasses.fields(TenantConfig)}
@@ -446,3 +455,35 @@ def test_import_is_light() -> None:
         env={"PYTHONPATH": str(EXAMPLE.parents[1])},
     )  # fmt: skip
     assert run.stdout.strip() == "[]"
+
+
+def test_rules_of_namespaces(tmp_path: Path, environ: dict[str, str]) -> None:
+    text = """
+    [encryption]
+    key_file = "/etc/key"
+    [[namespaces]]
+    tenant = "team-?"
+    model = "secret*"
+    encrypt = true
+    [[namespaces]]
+    tenant = "team-a"
+    max_age_s = 60
+    """
+    config = read(tmp_path, environ, text)
+    assert config.rule("team-a", "secret-1").encrypt
+    assert config.rule("team-a", "secret-1").max_age_s == 0, "the first that matches, alone"
+    assert not config.rule("team-a", "open").encrypt
+    assert config.rule("team-a", "open").max_age_s == 60
+    assert config.rule("team-b", "open") == configuration.NamespaceConfig()
+    assert not config.rule("team-aa", "secret-1").encrypt
+    assert read(tmp_path, environ, to_toml(config)) == config
+
+    new = read(tmp_path, environ, text.replace("60", "30").replace("/etc/key", "/etc/other"))
+    changes = dict(describe_changes(config, new))
+    assert changes == {"namespaces": True, "encryption.key_file": False}
+    taken = with_live_changes(config, new)
+    assert taken.rule("team-a", "open").max_age_s == 30
+    assert taken.encryption == config.encryption
+    plain = read(tmp_path, environ, "")
+    with pytest.raises(ConfigError, match="key_file"):
+        with_live_changes(plain, new)

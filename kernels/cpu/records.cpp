@@ -14,9 +14,10 @@ constexpr uint32_t kNone = 0xffffffffu;
 // checksum u64, slot u32, position u32, payload checksum u64, generation u64
 constexpr size_t kSlot = 8, kPosition = 12, kPayloadChecksum = 16, kGeneration = 24;
 // slot_bytes u32, size u64, epoch u64, namespace 16, shard u16, codec u8, fidelity u8, key length
-// u8, parent length u8; then key, parent
+// u8, parent length u8, when it was stored u32; then key, parent
 constexpr size_t kSlotBytes = 32, kSize = 36, kEpoch = 44, kNamespace = 52, kShard = 68;
-constexpr size_t kCodec = 70, kFidelity = 71, kKeyLen = 72, kParentLen = 73, kKey = 74;
+constexpr size_t kCodec = 70, kFidelity = 71, kKeyLen = 72, kParentLen = 73, kWritten = 74;
+constexpr size_t kKey = 78;
 
 template <typename T>
 T load(const uint8_t* at) {
@@ -338,7 +339,11 @@ class Arranger {
     const uint64_t shards = r_->space_shards[space_[any]];
     memcpy(r_->keys + key_bytes_, key(any), size);
     key_bytes_ += size;
+    uint32_t* const written = r_->written + r_->block_count;
+    *written = load<uint32_t>(value_[any] + kWritten);
     for (uint32_t n = any; n != kNone; n = next_[n]) {
+      const uint32_t then = load<uint32_t>(value_[n] + kWritten);
+      if (then < *written) *written = then;
       const uint64_t at = slots_out_ + shard(n);
       r_->slots[at] = load<uint32_t>(value_[n] + kSlot);
       r_->checksums[at] = load<uint64_t>(value_[n] + kPayloadChecksum);

@@ -58,6 +58,7 @@ for command in (
     operator.heal,
     upkeep.scrub,
     upkeep.resize,
+    operator.purge,
     operator.bypass,
     operator.check,
     operator.health,

@@ -13,6 +13,7 @@ import typer
 
 from kvtier.cli.app import USAGE, AdminSocket, Json, Socket, Yes, fail, open_admin, print_json
 from kvtier.errors import DaemonUnavailable, NotFound
+from kvtier.units import format_bytes
 
 if TYPE_CHECKING:
     from kvtier.client.admin import AdminClient
@@ -182,6 +183,35 @@ def heal(as_json: Json = False, socket: Socket = "", admin_socket: AdminSocket =
     with open_admin(socket, admin_socket) as admin:
         before = admin.heal().state
     _say(as_json, {"before": before, "state": "serving"}, f"The SSD tier serves (was {before}).")
+
+
+def purge(
+    space: Space,
+    yes: Yes = False,
+    timeout_s: Timeout = 10.0,
+    as_json: Json = False,
+    socket: Socket = "",
+    admin_socket: AdminSocket = "",
+) -> None:
+    """Destroys a namespace: its blocks, and its key or its bytes on disk."""
+    with open_admin(socket, admin_socket) as admin:
+        entry = _named(_namespaces(admin), space)
+        name = f"namespace {entry['id']} (tenant {entry['stat']['tenant']}, "
+        name += f"model {entry['stat']['model']}, {entry['stat']['block_count']:,} blocks)"
+        if not yes:
+            _confirm(f"Destroy {name} for good?")
+        done = admin.purge(int(entry["id"]), timeout_s)
+    record = {
+        "namespace_id": entry["id"],
+        "digest": entry["digest"],
+        "purged_blocks": done.block_count,
+        "key_destroyed": done.key_destroyed,
+        "wiped_bytes": done.wiped_bytes,
+    }
+    how = ["its key destroyed"] if done.key_destroyed else []
+    how += [f"{format_bytes(done.wiped_bytes)} overwritten"] if done.wiped_bytes else []
+    text = f"{done.block_count:,} blocks of namespace {entry['id']} are gone"
+    _say(as_json, record, f"{text}, {' and '.join(how)}." if how else f"{text}.")
 
 
 def bypass(

@@ -19,6 +19,8 @@ from kvtier.config import default_socket
 from kvtier.v1 import admin_pb2
 from kvtier.wire import TIER_NUMBERS
 
+_WIPE_S = 3600.0  # how long a purge may overwrite
+
 
 class AdminClient:
     """A connection to a daemon's admin socket; who may connect is the socket's mode.
@@ -139,6 +141,16 @@ class AdminClient:
         """
         request = admin_pb2.ResizeTierRequest(tier=TIER_NUMBERS[tier], size_bytes=size_bytes)
         answer: admin_pb2.ResizeTierResponse = self._call("ResizeTier", request, wait_s)
+        return answer
+
+    def purge(self, namespace_id: int, wait_s: float = 10.0) -> admin_pb2.PurgeResponse:
+        """Destroys a namespace, in memory and on disk; waits that long for its leases.
+
+        Raises BlocksHeld (somebody reads it; nothing was changed), TierFailed (purge it again).
+        """
+        request = admin_pb2.PurgeRequest(namespace_id=namespace_id, timeout_s=wait_s)
+        # Overwriting a large tier takes its time.
+        answer: admin_pb2.PurgeResponse = self._call("Purge", request, wait_s + _WIPE_S)
         return answer
 
     def bypass(self, *, on: bool, namespace_id: int = 0) -> admin_pb2.BypassResponse:

@@ -10,6 +10,7 @@ the blocks are seen by the garbage collector. That is what makes a million block
     state      |s0|s1|s2|...      one byte: bit `1 << tier` = a readable copy there; 0 = lost
     slots[t]   |..|..|..|         shards u32 a block (meaningless where the state bit is not set)
     checksums  |..|..|..|         shards u64 a block
+    written    |w0|w1|w2|...      u32 a block: when it was stored (seconds; 0 = not known)
 
 Children hang on the END of a run only: a branch inside splits it.
 
@@ -31,7 +32,8 @@ TIER_COUNT = len(TierId)
 class Run:
     """Consecutive blocks of one chain. Fields as in the module's picture.
 
-    `held[t]`: blocks with a copy in tier t. `below[t]`: children whose subtree has one.
+    `held[t]`: blocks with a copy in tier t. `below[t]`: children whose subtree has one. No block
+    was stored before `oldest_s`.
     """
 
     __slots__ = (
@@ -43,6 +45,7 @@ class Run:
         "id",
         "keys",
         "leases",
+        "oldest_s",
         "parent",
         "parent_key",
         "pins",
@@ -50,6 +53,7 @@ class Run:
         "slots",
         "space",
         "state",
+        "written",
     )
 
     def __init__(self, run_id: int, space: Namespace, parent_key: bytes, position: int) -> None:
@@ -62,6 +66,8 @@ class Run:
         self.state = bytearray()
         self.slots: list[array[int] | None] = [None] * TIER_COUNT
         self.checksums = array("Q")
+        self.written = array("I")
+        self.oldest_s = 2**32 - 1
         self.held = [0] * TIER_COUNT
         self.below = [0] * TIER_COUNT
         self.children: set[int] | None = None
@@ -127,6 +133,10 @@ class Namespace:
         self.hit_blocks = 0
         self.miss_blocks = 0
         self.bypassed = False
+        self.locked = ""  # why its blocks cannot be read: every lookup misses, nothing is lost
+        self.purging = False
+        self.purged_epoch = 0  # what was reserved before it is to fail
+        self.max_age_s = 0.0  # 0: they grow as old as they may; else slots are wiped when freed
         self.prefill_tokens_per_s = 0.0
         # Two halves: the older is dropped whole. Deleting the first key of a dict again and again
         # costs a walk over all that were deleted before it (measured: 100 us a block).

@@ -20,8 +20,8 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from kvtier.block import TierId
-from kvtier.errors import InvariantViolated
 from kvtier.ledger.chain import RUN_BLOCKS_MAX, Namespace, Run
+from kvtier.ledger.forest import check_forest
 from kvtier.ledger.policy import Policy
 from kvtier.ledger.slots import TierSlots
 
@@ -44,6 +44,7 @@ class Chains:
         self._only_top = 1 << min(slots)
         self._on_split = on_split
         self._last_id = 0
+        self.now_s = 0  # wall clock, rounded down: told from outside, now and then
 
     # --- finding
 
@@ -94,6 +95,7 @@ class Chains:
             if held is not None:
                 held.extend((0,) * space.shards)
         run.checksums.extend((0,) * space.shards)
+        run.written.append(0)
         space.index[key] = run.id * RUN_BLOCKS_MAX + place
         space.placeholder_count += 1
         if space.orphans:
@@ -119,6 +121,7 @@ class Chains:
         packed: bytes,
         slots: array[int],
         checksums: array[int],
+        written: array[int],
     ) -> Run | None:
         """A whole unbranched stretch, found again at start, as one new run held in the tier.
 
@@ -135,6 +138,7 @@ class Chains:
         run.keys = bytearray(packed)
         run.state = bytearray((1 << tier,)) * len(keys)
         run.slots[tier], run.checksums = slots, checksums
+        run.written, run.oldest_s = written, min(written)
         run.held[tier] = len(keys)
         space.block_count += len(keys)
         if 1 << tier == self._only_top:
@@ -179,6 +183,8 @@ class Chains:
         del run.keys[cut:], run.state[place:]
         tail.checksums = run.checksums[place * shards :]
         del run.checksums[place * shards :]
+        tail.written, tail.oldest_s = run.written[place:], run.oldest_s
+        del run.written[place:]
         for tier, held in enumerate(run.slots):
             if held is not None:
                 tail.slots[tier] = held[place * shards :]
@@ -246,6 +252,7 @@ class Chains:
             if held is not None:
                 del held[-space.shards :]
         del run.checksums[-space.shards :]
+        run.written.pop()
         del space.index[key]
         space.placeholder_count -= 1
         space.remember(key, why)
@@ -272,8 +279,11 @@ class Chains:
     def put_copy(
         self, run: Run, place: int, tier: TierId, slots: Sequence[int],
         checksums: Sequence[int] | None = None,
+        written_s: int | None = None,
     ) -> None:  # fmt: skip
-        """The block has a readable copy in the tier now: one slot (and checksum) a shard."""
+        """The block has a readable copy in the tier now: one slot (and checksum) a shard. Its first
+        one counts as stored at `written_s` (None: now).
+        """
         space, bit = run.space, 1 << tier
         assert not run.state[place] & bit, "a block has at most one copy in a tier"
         first, end = place * space.shards, (place + 1) * space.shards
@@ -284,6 +294,10 @@ class Chains:
         if checksums is not None:
             run.checksums[first:end] = array("Q", checksums)
         before = run.state[place]
+        stored_s = self.now_s if written_s is None else written_s
+        if not before or (written_s is not None and stored_s < run.written[place]):
+            run.written[place] = stored_s
+            run.oldest_s = min(run.oldest_s, stored_s)
         if not before:
             space.placeholder_count -= 1
             space.block_count += 1
@@ -359,40 +373,7 @@ class Chains:
 
     def check(self) -> None:
         """Raises InvariantViolated when the forest disagrees with itself. O(blocks)."""
-        held_runs = dict.fromkeys(self.slots, 0)
-        for run in self.runs.values():
-            self._check_run(run)
-            for tier in self.slots:
-                held_runs[tier] += bool(run.held[tier])
-        known = self.dirty.keys() <= self.runs.keys()
-        if not known or self.dirty_count != sum(self.dirty.values()):
-            raise InvariantViolated(f"{self.dirty_count} dirty blocks, by run: {self.dirty}")
-        for tier, policy in self.policies.items():
-            if len(policy) != held_runs[tier]:
-                raise InvariantViolated(f"{tier.label}: policy orders {len(policy)} runs")
-
-    def _check_run(self, run: Run) -> None:
-        space = run.space
-        if not run.state or len(run.keys) != len(run.state) * space.key_size:
-            raise InvariantViolated(f"{run!r} is empty or torn")
-        if not run.state[-1] and run.children is None:
-            raise InvariantViolated(f"{run!r} ends in a placeholder that nothing needs")
-        for tier in self.slots:
-            if run.held[tier] != sum(1 for state in run.state if state >> tier & 1):
-                raise InvariantViolated(f"{run!r}: held in {tier.label} is wrong")
-            children = [self.runs[child] for child in run.children or ()]
-            if run.below[tier] != sum(1 for c in children if c.held[tier] or c.below[tier]):
-                raise InvariantViolated(f"{run!r}: below in {tier.label} is wrong")
-            if any(child.parent != run.id for child in children):
-                raise InvariantViolated(f"{run!r}: a child knows another parent")
-        dirty = 0 if run.condemned else run.state.count(self._only_top)
-        if self.dirty.get(run.id, 0) != dirty:
-            raise InvariantViolated(f"{run!r}: {dirty} blocks are only in the first tier")
-        if run.condemned:
-            return
-        for place in range(len(run)):
-            if space.index.get(run.key(place)) != run.id * RUN_BLOCKS_MAX + place:
-                raise InvariantViolated(f"{run!r}: the index disagrees at {place}")
+        check_forest(self.runs, self.slots, self.policies, self.dirty, self.dirty_count)
 
 
 def _of(slots: array[int], places: Sequence[int], shards: int) -> list[int]:

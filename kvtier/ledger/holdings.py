@@ -1,4 +1,5 @@
-"""What sessions hold: leases, reservations, and blocks that wait for their other shards.
+"""What sessions hold: leases, reservations, and blocks that wait for their other shards. And what
+nobody holds any longer: slots to be erased.
 
 Does not: decide. `ledger.py` is the only writer.
 """
@@ -8,8 +9,9 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from kvtier.block import Keys, Reason
+from kvtier.block import Keys, Reason, SlotLabel, TierId
 from kvtier.ledger.chain import Namespace
+from kvtier.ledger.segment import SlotClass
 
 # State of a shard in a Partial.
 OPEN, TAKEN, COMMITTED = 0, 1, 2
@@ -98,3 +100,19 @@ class Partial:
     checksums: array[int]
     deadline_s: float
     writers: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Erasure:
+    """A slot below whose record must go before the slot is free again. `wipe`: durably, header
+    and all, because somebody asked for it to be gone (explicit evict, clear). `whole`: its bytes,
+    too (namespaces with a greatest age).
+    """
+
+    tier: TierId
+    slot: int
+    slot_bytes: int
+    label: SlotLabel
+    wipe: bool
+    slot_class: SlotClass
+    whole: bool

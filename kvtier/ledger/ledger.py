@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from kvtier.block import (
@@ -36,10 +35,10 @@ from kvtier.errors import InvalidRequest, InvariantViolated, LimitReached, NotFo
 from kvtier.ledger import search
 from kvtier.ledger.chain import RUN_BLOCKS_MAX, TIER_COUNT, Namespace, Run
 from kvtier.ledger.chains import Chains
-from kvtier.ledger.holdings import Lease
+from kvtier.ledger.holdings import Erasure, Lease
 from kvtier.ledger.index import Index
 from kvtier.ledger.policy import make_policy
-from kvtier.ledger.search import Span
+from kvtier.ledger.search import Span, length
 from kvtier.ledger.segment import SlotClass
 from kvtier.ledger.slots import TierSlots
 
@@ -48,20 +47,6 @@ _LEASES_ASKED_MAX = 64
 # Why a key is gone: taken for room, by an explicit evict or clear, or damaged.
 DISPLACED, EVICTED, CORRUPT = "displaced", "evicted", "corrupt"
 _REASONS = {DISPLACED: Reason.EVICTED, EVICTED: Reason.EVICTED, CORRUPT: Reason.CORRUPT}
-
-
-@dataclass(slots=True, eq=False)
-class Erasure:
-    """A slot below whose record must go before the slot is free again. `wipe`: durably, header
-    and all, because somebody asked for it to be gone (explicit evict, clear).
-    """
-
-    tier: TierId
-    slot: int
-    slot_bytes: int
-    label: SlotLabel
-    wipe: bool
-    slot_class: SlotClass
 
 
 class Ledger:
@@ -168,7 +153,7 @@ class Ledger:
         if len(queries) == 1 and queries[0][0].needed_blocks is None:
             space, keys = queries[0]
             spans = self._full(space, keys, len(keys))
-            count = _length(spans)
+            count = length(spans)
             return [self._found(space, keys, count, 0, spans)], [spans], count * space.block_tokens
         tokens = self._common_tokens(queries)
         found, all_spans = [], []
@@ -194,7 +179,7 @@ class Ledger:
                 space.accept_key_size(keys.size)
                 limit = tokens // space.block_tokens
                 if space.needed_blocks is None:
-                    count = _length(self._full(space, keys, limit))
+                    count = length(self._full(space, keys, limit))
                 else:
                     count = search.window(space, self.chains.runs, keys, limit, space.needed_blocks)
                 tokens = min(tokens, count * space.block_tokens)
@@ -416,7 +401,8 @@ class Ledger:
     def _erasure(self, tier: TierId, slot: int, label: SlotLabel, why: str) -> Erasure:
         slot_class = self.slots[tier].segments[slot >> SLOT_BITS].slot_class
         assert slot_class is not None
-        return Erasure(tier, slot, slot_class[1], label, why == EVICTED, slot_class)
+        whole = self.spaces[self._by_digest[label.namespace]].max_age_s > 0
+        return Erasure(tier, slot, slot_class[1], label, why == EVICTED, slot_class, whole)
 
     def _erase(self, erasure: Erasure) -> None:
         self._erasures.append(erasure)
@@ -456,6 +442,7 @@ class Ledger:
             shard=shard,
             size_bytes=space.shard_bytes,
             checksum=run.checksums[place * space.shards + shard],
+            written_s=run.written[place],
         )
 
     # --- losing and evicting
@@ -546,6 +533,14 @@ class Ledger:
         if space.placeholder_count > self._placeholders_max:
             self.evict(space, Keys(key, len(key)))
 
+    def age(self, run: Run, places: Sequence[int]) -> None:
+        """These blocks are too old: they are forgotten; as in `lose`, their places may stay."""
+        space, key = run.space, run.key(places[0])
+        self.evicted_blocks += self.forget(run, places, EVICTED)
+        self.chains.trim(run, EVICTED)
+        if space.placeholder_count > self._placeholders_max:
+            self.evict(space, Keys(key, len(key)))
+
     def clear(self, space: Namespace) -> int:
         """Starts a new epoch: nothing stored before is found any longer. Returns the blocks that
         died. Their slots come back piece by piece: call `reap`.
@@ -553,6 +548,7 @@ class Ledger:
         count = space.block_count
         ghost = Namespace(space.id, space.spec, space.slot_bytes)
         ghost.epoch, ghost.key_size = space.epoch, space.key_size
+        ghost.max_age_s = space.max_age_s
         ghost.index, ghost.orphans = space.index, space.orphans
         ghost.block_count, ghost.placeholder_count = count, space.placeholder_count
         for run in self.chains.runs.values():
@@ -590,7 +586,7 @@ class Ledger:
         spans = self._cut_spans(space, keys)
         for run, _, _ in spans:
             run.pins += 1
-        return _length(spans)
+        return length(spans)
 
     def unpin(self, space: Namespace, keys: Keys) -> int:
         """Undoes one pin of these blocks. Returns how many were pinned."""
@@ -663,7 +659,3 @@ class Ledger:
             f"<Ledger {blocks} blocks in {len(self.chains.runs)} runs of {len(self.spaces)} "
             f"namespaces, {len(self.leases)} leases>"
         )
-
-
-def _length(spans: list[Span]) -> int:
-    return sum(end - start for _, start, end in spans)

@@ -360,12 +360,13 @@ class Moves:
         source, shards = move.route.source, run.space.shards
         there = run.state[place] >> source & 1
         # A slot that a move reads is given to nobody else: the same slots are the same bytes, also
-        # when no checksum was taken yet (0: single-tenant trust; the tier that wrote it took it).
-        same_slots = there and tuple(run.slots_of(place, source)) == move.source_slots
+        # when no checksum was taken yet (0: single-tenant trust; the tier that wrote it took it),
+        # or a recovered copy is encrypted and had only its tag.
+        if there and tuple(run.slots_of(place, source)) == move.source_slots:
+            return True
         checksums = run.checksums[place * shards : (place + 1) * shards]
         return all(
-            known == label.checksum or (same_slots and not known)
-            for label, known in zip(move.labels, checksums, strict=True)
+            known == label.checksum for label, known in zip(move.labels, checksums, strict=True)
         )
 
     def abort_move(self, move: Move, *, source_corrupt: bool, written: bool = False) -> None:

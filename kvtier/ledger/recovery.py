@@ -38,6 +38,8 @@ class Stretch(Protocol):
     def slots(self) -> array[int]: ...
     @property
     def checksums(self) -> array[int]: ...
+    @property
+    def written(self) -> array[int]: ...
 
 
 def adopt(ledger: Ledger, space: Namespace, tier: TierId, stretch: Stretch) -> bool:
@@ -63,6 +65,7 @@ def adopt(ledger: Ledger, space: Namespace, tier: TierId, stretch: Stretch) -> b
         packed=packed,
         slots=stretch.slots,
         checksums=stretch.checksums,
+        written=stretch.written,
     )
     if run is None:
         slots.unclaim(stretch.slots, slot_class)
@@ -92,7 +95,8 @@ def merge(
         slots = stretch.slots[first:end]
         if _may_have(ledger, space, tier, key, slots):
             run, place = ledger.chains.insert(space, key, parent, stretch.position + index)
-            _put(ledger, tier, run, place, slots, stretch.checksums[first:end])
+            checksums, written_s = stretch.checksums[first:end], stretch.written[index]
+            _put(ledger, tier, run, place, slots, checksums, written_s)
             placed += 1
         else:
             refused.extend(slots)
@@ -115,14 +119,20 @@ def _may_have(
 
 
 def _put(
-    ledger: Ledger, tier: TierId, run: Run, place: int, slots: array[int], checksums: array[int]
+    ledger: Ledger,
+    tier: TierId,
+    run: Run,
+    place: int,
+    slots: array[int],
+    checksums: array[int],
+    written_s: int,
 ) -> None:
     """The block has this copy. One stored meanwhile that is not known to be the same bytes goes:
     what was computed again never displaces what is on stable storage.
     """
     shards = run.space.shards
     same = run.checksums[place * shards : (place + 1) * shards] == checksums
-    ledger.chains.put_copy(run, place, tier, slots, checksums)
+    ledger.chains.put_copy(run, place, tier, slots, checksums, written_s)
     run.space.forget_note(run.key(place))
     for other in ledger.tiers:
         if other is not tier and not same and run.state[place] >> other & 1:

@@ -10,6 +10,8 @@ Does not: copy bytes, or choose what is relocated and what is evicted instead (r
 
 from __future__ import annotations
 
+from array import array
+
 from kvtier.block import Move, Route, TierId
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.claims import Claim
@@ -63,6 +65,10 @@ def finish(ledger: Ledger, moves: Moves, move: Move) -> bool:
         ledger.discard_target(tier, move.target_slots, move.labels, written=True)
     else:
         ledger.replace_copy(*found, tier, move.target_slots)
+        # What reading found: of a recovered copy that is encrypted only the former tag was known.
+        first = found[1] * space.shards
+        checksums = array("Q", (label.checksum for label in move.labels))
+        found[0].checksums[first : first + space.shards] = checksums
     ledger.end_holder(move.id)
     return bool(wanted)
 

@@ -10,6 +10,8 @@ Does not: change anything.
 
 from __future__ import annotations
 
+from array import array
+from functools import lru_cache
 from itertools import groupby
 
 from kvtier.block import Keys, TierId, TierRun
@@ -138,3 +140,19 @@ def cut_spans(spans: list[Span], count: int) -> list[Span]:
         kept.append((run, start, min(end, start + count)))
         count -= end - start
     return kept
+
+
+def length(spans: list[Span]) -> int:
+    """How many blocks they are."""
+    return sum(end - start for _, start, end in spans)
+
+
+@lru_cache(maxsize=512)
+def segments_of(slots: bytes) -> frozenset[int]:
+    """Segments that these packed little-endian u32 slot numbers lie in. Kept for the last tables:
+    the workers of one engine, and the turns of one conversation, ask for the same ones.
+    """
+    halves = array("H")
+    halves.frombytes(slots)
+    # The upper half of each u32 comes second; its upper 12 bits are the segment.
+    return frozenset(half >> 4 for half in set(halves[1::2]))

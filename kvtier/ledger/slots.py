@@ -323,6 +323,31 @@ class TierSlots:
         """Runs that hold a slot of the segment (0 = a slot that no block has yet is left out)."""
         return iter({run_id for run_id in self.segments[segment_index].owner_runs if run_id})
 
+    def hold_segment(self, index: int) -> array[int]:
+        """Takes all free slots of the segment, or all of a free one (and returns none): nobody is
+        given one before `let_go`. It must not be withheld.
+        """
+        segment = self.segments[index]
+        if segment.slot_class is None:
+            self._free_segments.remove(index)
+            self._free_homes[segment.home] -= 1
+            return array("I")
+        count = segment.slot_count - segment.used
+        if not count:
+            return array("I")
+        del self._open[segment.slot_class][index]
+        self._open_slots[segment.slot_class] -= count
+        self._count(segment.slot_class[0], count * segment.slot_class[1])
+        return segment.take(count)
+
+    def let_go(self, index: int, slots: array[int]) -> None:
+        """Undoes `hold_segment`, which returned these."""
+        segment = self.segments[index]
+        self.release(slots)
+        if segment.slot_class is None and index not in self._free_segments:
+            self._free_segments.append(index)
+            self._free_homes[segment.home] += 1
+
     def foreign_free(self, tenant: str, exclude: Container[int] = ()) -> int | None:
         """A free segment that another tenant's clients may still map, or None."""
         return next(

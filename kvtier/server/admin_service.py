@@ -63,6 +63,7 @@ class AdminService:
             "Heal": (self.heal, admin_pb2.HealRequest),
             "Scrub": (self.scrub, admin_pb2.ScrubRequest),
             "ResizeTier": (self.resize_tier, admin_pb2.ResizeTierRequest),
+            "Purge": (self.purge, admin_pb2.PurgeRequest),
         }
         border = self._border
         methods = {n: unary(border.plain(n, verb), kind) for n, (verb, kind) in plain.items()}
@@ -155,6 +156,16 @@ class AdminService:
         done = await self._store.keeper.resizing.resize(tier, request.size_bytes)
         return admin_pb2.ResizeTierResponse(**asdict(done)).SerializeToString()
 
+    async def purge(self, request: admin_pb2.PurgeRequest, _: Context) -> bytes:
+        """Clears a namespace off the disk."""
+        timeout_s = self._timeout_s(request.timeout_s)
+        done = await self._store.purge(request.namespace_id, timeout_s)
+        return admin_pb2.PurgeResponse(
+            block_count=done.block_count,
+            key_destroyed=done.key_destroyed,
+            wiped_bytes=done.wiped_bytes,
+        ).SerializeToString()
+
     def bypass(self, request: admin_pb2.BypassRequest, _: Context) -> bytes:
         """On or off, for all or one namespace."""
         self._store.bypass(request.on, request.namespace_id)
@@ -238,6 +249,9 @@ def _namespace_stat(use: NamespaceUse) -> admin_pb2.NamespaceStat:
         miss_blocks=use.miss_blocks,
         bypassed=use.bypassed,
         block_tokens=use.spec.format.block_tokens,
+        encrypted=use.encrypted,
+        locked=use.locked,
+        max_age_s=use.max_age_s,
     )
 
 

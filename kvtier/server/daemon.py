@@ -37,6 +37,7 @@ from kvtier.server.environment import (
     make_directories,
     notify_service_manager,
 )
+from kvtier.server.keys import open_keyring
 from kvtier.server.sessions import SessionServer, Tenants
 from kvtier.server.sockets import ADMIN_SOCKET_MODE, CLIENT_SOCKET_MODE, SocketPath
 from kvtier.store import Store
@@ -99,6 +100,7 @@ async def build_store(config: Config) -> Store:
     from kvtier.tiers.ssd import SsdTier
 
     dram, ssd = config.tiers.dram, config.tiers.ssd
+    keyring = open_keyring(config)
     dram_tier = await asyncio.to_thread(
         DramTier,
         dram.size_bytes // dram.segment_bytes,
@@ -119,6 +121,7 @@ async def build_store(config: Config) -> Store:
                 min_free_bytes=ssd.min_free_bytes,
                 files=Files(max(1, ssd.queue_depth_max // config.batches_max)),
                 record_crashes=True,
+                keyring=keyring,
             )
         return await Store.open(config, dram=dram_tier, ssd=ssd_tier, clock=SystemClock())
     except BaseException:

@@ -40,6 +40,9 @@ POINTS: Final = {
     "erase.done": "for good, and the slots are not free yet",
     "epoch.begin": "a namespace was cleared in the books, not yet on disk",
     "epoch.done": "on disk too, and nobody was told yet",
+    "purge.begin": "a namespace to be purged was cleared in the books, not yet on disk",
+    "purge.keyless": "it has no key and a new epoch on disk, its old bytes are there",
+    "purge.wiped": "they are not, and nobody was told yet",
     # Small files.
     "file.written": "a small file's next content is written beside it, not synced",
     "file.synced": "synced",

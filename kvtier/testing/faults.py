@@ -148,10 +148,10 @@ class FaultyTier:
             if item.error is None:
                 self._flip(item.address, item.label.size_bytes)
 
-    def erase(self, slots: Iterable[SlotRecord], *, durable: bool) -> None:
+    def erase(self, slots: Iterable[SlotRecord], *, durable: bool, **how: Any) -> None:
         """As the tier's. Raises TierFailed where planned."""
         self._strike_call("erase")
-        self.tier.erase(slots, durable=durable)
+        self.tier.erase(slots, durable=durable, **how)
 
     def sync(self) -> None:
         """As the tier's. Raises TierFailed where planned."""

@@ -34,7 +34,7 @@ _INPUTS: Final = (
     "generation_min", "slot_count", "spaces", "digest", "epoch", "space_slot_bytes", "space_size",
     "space_shards", "slot_bits", "codecs", "fidelities",
 )  # fmt: skip
-_OUTPUTS: Final = ("verdict", "keys", "slots", "checksums", "stretches", "key_size")
+_OUTPUTS: Final = ("verdict", "keys", "slots", "checksums", "written", "stretches", "key_size")
 _RESULTS: Final = ("stretch_count", "block_count", "generation_max")
 
 
@@ -81,8 +81,8 @@ def _arrange_natively(
     total = sum(len(piece.lengths) for piece in pieces)
     verdicts = bytearray(total)
     # Untouched pages of these cost nothing.
-    keys, stretches, slots, checksums = (
-        native.AlignedBuffer(total * size or 8) for size in (KEY_BYTES_MAX, _STRETCH.size, 4, 8)
+    keys, stretches, slots, checksums, written = (
+        native.AlignedBuffer(total * size or 8) for size in (KEY_BYTES_MAX, _STRETCH.size, 4, 8, 4)
     )
     key_sizes = array("Q", bytes(8 * len(digests)))
     given = _RecordsStruct(
@@ -108,6 +108,7 @@ def _arrange_natively(
         keys=keys.address,
         slots=slots.address,
         checksums=checksums.address,
+        written=written.address,
         stretches=stretches.address,
         key_size=key_sizes.buffer_info()[0],
     )
@@ -123,7 +124,7 @@ def _arrange_natively(
     stretches.close()
     return judged(pieces, verdicts, Found(
         given.block_count, given.generation_max, 0, [], [], heads, sizes, shapes,
-        keys.view, slots.view.cast("I"), checksums.view.cast("Q"),
+        keys.view, slots.view.cast("I"), checksums.view.cast("Q"), written.view.cast("I"),
     ))  # fmt: skip
 
 

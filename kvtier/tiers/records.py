@@ -58,7 +58,8 @@ class Shape(NamedTuple):
 
 class Stretch(NamedTuple):
     """Consecutive blocks of a chain, parent before child: packed keys; slots and checksums, one a
-    shard of each block. `parent` (b"" = none) and `position` are those of the first block.
+    shard of each block, and when each was stored. `parent` (b"" = none) and `position` are those
+    of the first block.
     """
 
     namespace: bytes
@@ -68,6 +69,7 @@ class Stretch(NamedTuple):
     keys: bytes
     slots: array[int]
     checksums: array[int]
+    written: array[int]
 
 
 @dataclass(slots=True)
@@ -89,12 +91,13 @@ class Found:
     keys: bytes | bytearray | memoryview = b""
     slots: array[int] | memoryview = field(default_factory=lambda: array("I"))
     checksums: array[int] | memoryview = field(default_factory=lambda: array("Q"))
+    written: array[int] | memoryview = field(default_factory=lambda: array("I"))  # by block
     pieces: Sequence[Piece] = ()
     verdicts: bytes | bytearray = b""
 
     def stretches(self) -> Iterator[Stretch]:
         """All blocks that came back, a stretch of at most STRETCH_BLOCKS_MAX at a time."""
-        key_at = slot_at = 0
+        key_at = slot_at = block_at = 0
         for namespace, blocks, position, parent in self.heads:
             key_size, shards = self.key_sizes[namespace], self.shapes[namespace].shards
             key_end, slot_end = key_at + blocks * key_size, slot_at + blocks * shards
@@ -106,8 +109,9 @@ class Found:
                 bytes(self.keys[key_at:key_end]),
                 array("I", self.slots[slot_at:slot_end]),
                 array("Q", self.checksums[slot_at:slot_end]),
+                array("I", self.written[block_at : block_at + blocks]),
             )
-            key_at, slot_at = key_end, slot_end
+            key_at, slot_at, block_at = key_end, slot_end, block_at + blocks
 
     def __len__(self) -> int:
         return self.block_count
@@ -126,9 +130,11 @@ class Found:
             self.keys,
             self.slots,
             self.checksums,
+            self.written,
             *(p for piece in self.pieces for p in piece),
         ]
         self.keys, self.slots, self.checksums, self.pieces = b"", array("I"), array("Q"), ()
+        self.written = array("I")
         for part in parts:
             if isinstance(part, memoryview):
                 native.let_go(part)
@@ -190,7 +196,7 @@ class Arranger:
         self._records: dict[int, SlotRecord] = {}
         self._blocks: dict[tuple[bytes, bytes], _Block] = {}
         self._found = Found(shapes=shapes)
-        self._slots, self._checksums = array("I"), array("Q")
+        self._slots, self._checksums, self._written = array("I"), array("Q"), array("I")
 
     def run(self) -> Found:
         every = (item for piece in self._pieces for item in items(piece))
@@ -210,7 +216,9 @@ class Arranger:
             return _DAMAGED
         self._found.generation_max = max(self._found.generation_max, generation)
         kind = KIND.unpack_from(value, KIND_AT)
-        slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_length, parent = kind
+        slot_bytes, size_bytes, epoch, namespace, shard, codec, fidelity, key_length, parent = kind[
+            :9
+        ]
         shape = self._shapes.get(namespace)
         segment, at = slot >> SLOT_BITS, slot & (SLOTS_PER_SEGMENT_MAX - 1)
         sound = (
@@ -298,6 +306,7 @@ class Arranger:
                 )
         self._found.keys, self._found.block_count = b"".join(keys), len(keys)
         self._found.slots, self._found.checksums = self._slots, self._checksums
+        self._found.written = self._written
         for name in self._blocks.keys() - placed:
             for index in self._blocks[name].values():
                 self._drop(index)
@@ -307,6 +316,8 @@ class Arranger:
 
     def _emit(self, name: tuple[bytes, bytes]) -> None:
         block = self._blocks[name]
+        labels = [self._records[index].label for index in block.values()]
+        self._written.append(min(label.written_s for label in labels))
         for shard in range(len(block)):
             record = self._records[block[shard]]
             self._slots.append(record.slot)

@@ -127,7 +127,7 @@ def _go_on(stopping: Callable[[], bool]) -> None:
 def _shapes(names: Names, plan: SegmentPlan) -> dict[bytes, Shape]:
     """What records of each namespace must say. What we cannot read is the caller's to drop."""
     shapes: dict[bytes, Shape] = {}
-    for digest, (epoch, descriptor) in names.items():
+    for digest, (epoch, descriptor, _, _) in names.items():
         try:
             shape = NamespaceSpec.from_json(descriptor).format
         except (KvTierError, TypeError, ValueError, KeyError):

@@ -9,8 +9,10 @@ Slab header, little endian: 0 magic `KVTSLAB\0`, 8 version u32, 12 slab index u3
 u64, 24 cut generation u64 (slots of older generations are dead), 32 id of the state directory, 16
 bytes, 48 XXH3-64 of bytes [0, 48).
 
-Namespaces: 0 magic `KVTNAMES`, 8 revision u64, 16 length u32, 20 zero u32, 24 XXH3-64 of [8, 24)
-and what follows, 32 zlib of, for each: digest 16 bytes, epoch u64, length u32, descriptor.
+Namespaces: 0 magic `KVTNAMES`, 8 revision u64, 16 length u32, 20 flags u32 (1: free slots may hold
+bytes of namespaces that are not listed), 24 XXH3-64 of [8, 24) and what follows, 32 zlib of, for
+each: digest 16 bytes, epoch u64, lengths of descriptor u32 and wrapped key u16, flags u16 (1: not
+all slots are encrypted), descriptor, wrapped key.
 
 Does not: know the catalogue, or which slots hold a block that still counts.
 """
@@ -35,7 +37,7 @@ from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.evidence import give_way
 from kvtier.tiers.files import Files
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
-from kvtier.tiers.state import Names
+from kvtier.tiers.state import Named, Names
 from kvtier.units import KIB, PAGE_BYTES, format_bytes
 
 SLAB_RESERVED_BYTES: Final = 64 * KIB
@@ -45,13 +47,16 @@ _NAMES_MAGIC: Final = b"KVTNAMES"
 _VERSION: Final = 1
 _SLAB: Final = struct.Struct("<8sIIQQ16s")
 _NAMES: Final = struct.Struct("<8sQII")
-_NAME: Final = struct.Struct("<16sQI")
+_NAME: Final = struct.Struct("<16sQIHH")
+_FORMER: Final = 1
+_PLAIN: Final = 1
 _SUM: Final = struct.Struct("<Q")
 _NAMES_BYTES: Final = 28 * KIB
 _NAMES_OFFSETS: Final = (4 * KIB, 32 * KIB)
 _NAMES_START: Final = _NAMES.size + _SUM.size
 _NAMES_RAW_BYTES_MAX: Final = 16 * 1024 * KIB  # of one slab, unpacked
 _SCAN_SLOTS: Final = 256
+_ZEROS_BYTES: Final = 1024 * KIB
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
 
 logger = logging.getLogger(__name__)
@@ -60,7 +65,8 @@ logger = logging.getLogger(__name__)
 class Slab:
     """One slab file. `prepare` and `list_names` one at a time (they lock), the rest any thread.
 
-    `slot_bytes` is 0 until it was cut; `names` is what the file lists, `fd` -1 until opened.
+    `slot_bytes` is 0 until it was cut; `names` is what the file lists, `fd` -1 until opened;
+    `has_former`: free slots may hold bytes of namespaces that are not listed any longer.
     """
 
     def __init__(
@@ -74,11 +80,14 @@ class Slab:
         self.cut_generation = 0
         self.state_id = bytes(16)
         self.names: Names = {}
+        self.has_former = False
         self.sync_failures = 0
         self.lock = threading.Lock()
         self._files = files
         self._flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         self._revision = 0
+        self._other_names: Names = {}  # of the other copy
+        self._other_unknown = False
         self._sync_lock = threading.Lock()
 
     def offset(self, slot: int) -> int:
@@ -106,16 +115,20 @@ class Slab:
         return True
 
     def _read_head(self, head: bytes) -> None:
-        found = _unpack_head(head)
-        if found is not None:
+        cut = _unpack_head(head)
+        if cut is not None:
             # Wherever the file comes from: not to be used again.
-            self.cut_generation = found.cut_generation
-            if found.number == self.index:
-                self.slot_bytes, self.state_id = found.slot_bytes, found.state_id
-        for offset in _NAMES_OFFSETS:
-            revision, names = _unpack_names(head[offset : offset + _NAMES_BYTES])
-            if revision > self._revision:
-                self._revision, self.names = revision, names
+            self.cut_generation = cut.cut_generation
+            if cut.number == self.index:
+                self.slot_bytes, self.state_id = cut.slot_bytes, cut.state_id
+        copies = [head[offset : offset + _NAMES_BYTES] for offset in _NAMES_OFFSETS]
+        found = sorted((_unpack_names(copy) for copy in copies), key=lambda copy: copy.revision)
+        other, newest = found
+        self._revision, self.names = newest.revision, newest.names
+        self._other_names = other.names
+        unsound = any(copy.strip(b"\0") and not _unpack_names(copy).revision for copy in copies)
+        self._other_unknown = unsound
+        self.has_former = newest.has_former or (unsound and not newest.revision)
 
     def belong_to(self, state_id: bytes) -> None:
         """A file that was cut in another state directory holds nothing of ours: it counts as not
@@ -184,25 +197,39 @@ class Slab:
         reach("slab.cut")
         self.slot_bytes, self.cut_generation = slot_bytes, generation
 
-    def list_names(self, names: Mapping[bytes, tuple[int, bytes]]) -> None:
+    def list_names(self, names: Mapping[bytes, Named], *, has_former: bool | None = None) -> None:
         """Lists exactly these namespaces in the file. Hold `lock`. Durable with the next `sync`.
 
         Raises:
             TierFailed: they do not fit, or the disk failed; the former list stays.
         """
+        has_former = self.has_former if has_former is None else has_former
         raw = b"".join(
-            _NAME.pack(digest, epoch, len(descriptor)) + descriptor
-            for digest, (epoch, descriptor) in names.items()
+            _NAME.pack(digest, epoch, len(text), len(key), _PLAIN * plain) + text + key
+            for digest, (epoch, text, key, plain) in names.items()
         )
         packed = zlib.compress(raw)
         if len(packed) + _NAMES_START > _NAMES_BYTES or len(raw) > _NAMES_RAW_BYTES_MAX:
             raise TierFailed(f"{self.path}: {len(names)} namespaces do not fit into one slab")
         revision = self._revision + 1
-        head = _NAMES.pack(_NAMES_MAGIC, revision, len(packed), 0)
+        head = _NAMES.pack(_NAMES_MAGIC, revision, len(packed), _FORMER * has_former)
         page = head + _SUM.pack(native.checksum_bytes(head[8:] + packed)) + packed
         self._write(_NAMES_OFFSETS[revision % 2], page, _NAMES_BYTES)
         reach("slab.named")
-        self._revision, self.names = revision, dict(names)
+        self._other_names, self._other_unknown = self.names, False
+        self._revision, self.names, self.has_former = revision, dict(names), has_former
+
+    def forget_names(self) -> None:
+        """Lists none: all slots are dead. What they hold is still there. As `list_names`."""
+        self.list_names({}, has_former=self.has_former or any(n.plain for n in self.names.values()))
+
+    def mentions(self, digest: bytes) -> bool:
+        """Whether either copy of the list may have an entry of this namespace."""
+        return digest in self.names or digest in self._other_names or self._other_unknown
+
+    def may_hold(self, digest: bytes) -> bool:
+        """Whether a free slot may hold bytes of this namespace that are not encrypted."""
+        return self.fd >= 0 and (self.has_former or self.mentions(digest))
 
     def _write(self, offset: int, content: bytes, size_bytes: int) -> None:
         with native.AlignedBuffer(size_bytes) as page:
@@ -211,6 +238,16 @@ class Slab:
                 self._files.write(self.fd, page.view, offset)
             except OSError as error:
                 raise self.failed(error) from error
+
+    def zero(self, start: int, end: int) -> None:
+        """These bytes of the file are zero, not yet durably. Raises TierFailed."""
+        with native.AlignedBuffer(min(_ZEROS_BYTES, end - start) or PAGE_BYTES) as zeros:
+            for offset in range(start, end, _ZEROS_BYTES):
+                try:
+                    with zeros.view[: min(_ZEROS_BYTES, end - offset)] as part:
+                        self._files.write(self.fd, part, offset)
+                except OSError as error:
+                    raise self.failed(error) from error
 
     def sync(self, failures_before: int) -> None:
         """What was written since `sync_failures` was `failures_before` is durable.
@@ -362,18 +399,27 @@ def remove_strays(files: Files, slabs: Sequence[Slab], directory: Path) -> None:
                 raise TierFailed(f"{path}: {error.strerror}") from error
 
 
-def _unpack_names(area: bytes) -> tuple[int, Names]:
-    """Revision and namespaces of one copy; revision 0 when it is unwritten or damaged."""
-    magic, revision, length, _ = _NAMES.unpack_from(area)
+class _Copy(NamedTuple):
+    revision: int  # 0: unwritten or damaged
+    names: Names
+    has_former: bool
+
+
+def _unpack_names(area: bytes) -> _Copy:
+    """One copy of the list."""
+    magic, revision, length, flags = _NAMES.unpack_from(area)
     (checksum,) = _SUM.unpack_from(area, _NAMES.size)
     packed = area[_NAMES_START : _NAMES_START + length]
     if magic != _NAMES_MAGIC or native.checksum_bytes(area[8 : _NAMES.size] + packed) != checksum:
-        return 0, {}
+        return _Copy(0, {}, False)
     raw = zlib.decompressobj().decompress(packed, _NAMES_RAW_BYTES_MAX)
     names: Names = {}
     offset = 0
     while offset < len(raw):
-        digest, epoch, size = _NAME.unpack_from(raw, offset)
-        offset += _NAME.size + size
-        names[digest] = (epoch, raw[offset - size : offset])
-    return revision, names
+        digest, epoch, text_bytes, key_bytes, entry_flags = _NAME.unpack_from(raw, offset)
+        text = offset + _NAME.size
+        offset = text + text_bytes + key_bytes
+        key = raw[text + text_bytes : offset]
+        plain = bool(entry_flags & _PLAIN)
+        names[digest] = Named(epoch, raw[text : text + text_bytes], key, plain)
+    return _Copy(revision, names, bool(flags & _FORMER))

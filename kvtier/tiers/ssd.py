@@ -24,21 +24,23 @@ from pathlib import Path
 from typing import Final
 
 from kvtier import native
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, TierId
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, SlotLabel, TierId
 from kvtier.errors import BlockCorrupt, InvariantViolated, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, TierCounts
 from kvtier.tiers.catalogue import Catalogue
+from kvtier.tiers.cipher import Keyring
 from kvtier.tiers.dram import add_counts
 from kvtier.tiers.files import Files
 from kvtier.tiers.identity import Identity
+from kvtier.tiers.naming import Naming
 from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found
 from kvtier.tiers.recovery import newest_in_slabs, obey, open_slabs, read_catalogue
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.starts import StartLog
-from kvtier.tiers.state import NamespaceBook, choose_direct_io, prepare_directory, prove
+from kvtier.tiers.state import choose_direct_io, prepare_directory, prove
 from kvtier.tiers.upkeep import Upkeep
 from kvtier.tiers.wipes import Wipes
 from kvtier.units import GIB, PAGE_BYTES, format_bytes
@@ -70,6 +72,7 @@ class SsdTier:
         min_free_bytes: int = GIB,
         files: Files | None = None,
         record_crashes: bool = False,
+        keyring: Keyring | None = None,
     ) -> None:
         assert segment_bytes % PAGE_BYTES == 0
 
@@ -78,9 +81,9 @@ class SsdTier:
         self.file_bytes = SLAB_RESERVED_BYTES + segment_bytes
         self._min_free_bytes = min_free_bytes
         self._lock = threading.Lock()
-        self._names_lock = threading.Lock()
         self._files = files or Files()
-        self._staging = SlotStaging(self._files)
+        self.keyring = keyring or Keyring()
+        self._staging = SlotStaging(self._files, self.keyring)
         self._counts = TierCounts()
         self._loaded = self._recovered = False
         prepare_directory(self._files, directory)
@@ -94,7 +97,7 @@ class SsdTier:
         self._slabs = [slab(index) for index in range(segment_count)]
         self._wipes = Wipes(self._slabs, self._staging)
         self._identity = Identity(self._files, directory / "identity")
-        self._book = NamespaceBook(self._files, directory / "namespaces")
+        self.naming = Naming(self._files, directory, self._slabs, self.keyring)
         self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
         self._starts = StartLog(self._files, directory / "starts", on=record_crashes)
         self.upkeep = Upkeep(
@@ -113,8 +116,9 @@ class SsdTier:
         folder = self.directory / "slabs"
         obey(self._starts.begin(), self._catalogue, self._files, folder)
         remove_strays(self._files, self._slabs, folder)
-        open_slabs(self._slabs, self._identity, self._book)
+        open_slabs(self._slabs, self._identity, self.naming.book)
         self._wipes.doubt()
+        self.naming.unlock()
         reach("recover.opened")
         self._loaded = True
 
@@ -137,7 +141,7 @@ class SsdTier:
         self.load()
         try:
             found = read_catalogue(
-                self._catalogue, self._slabs, self._book.names, self.plan, stopping
+                self._catalogue, self._slabs, self.naming.names, self.plan, stopping
             )
         except TierFailed:
             self._catalogue.abandon()
@@ -168,15 +172,11 @@ class SsdTier:
         `descriptor`: JSON of the NamespaceSpec, kept beside its blocks. Worker thread. Raises
         TierFailed: it is not registered.
         """
-        self._must_be_loaded()
-        with self._names_lock:
-            known = self._book.names.get(digest)
-            if known is None or known[0] < epoch:
-                self._book.save({**self._book.names, digest: (epoch, descriptor)})
+        self.naming.register(digest, descriptor, epoch)
 
     def namespaces(self) -> list[tuple[bytes, bytes, int]]:
         """(digest, descriptor, epoch) of all that are known. Any thread, after `recover`."""
-        return [(digest, text, epoch) for digest, (epoch, text) in self._book.names.items()]
+        return [(digest, n.descriptor, n.epoch) for digest, n in self.naming.names.items()]
 
     def set_epoch(self, digest: bytes, epoch: int) -> None:
         """Blocks of older epochs never come back, also after a power cut. Worker thread.
@@ -185,23 +185,27 @@ class SsdTier:
             TierFailed: that cannot be promised (it may hold all the same).
             InvariantViolated: no such namespace is registered, or the epoch is older.
         """
-        self._must_be_loaded()
-        with self._names_lock:
-            known = self._book.names.get(digest)
-            if known is None or known[0] > epoch:
-                raise InvariantViolated(f"epoch {epoch} of {digest.hex()}: known is {known}")
-            self._book.save({**self._book.names, digest: (epoch, known[1])})
-            for slab in self._slabs:
-                with slab.lock:
-                    if slab.names.get(digest, (epoch,))[0] < epoch:
-                        before = slab.sync_failures
-                        slab.list_names({**slab.names, digest: (epoch, known[1])})
-                        slab.sync(before)
+        self.naming.set_epoch(digest, epoch)
 
-    def _must_be_loaded(self) -> None:
-        # A list of namespaces made without having read the old one would replace it.
-        if not self._loaded:
-            raise TierFailed(f"{self.directory} could not be read yet: no epoch can be set in it")
+    def purge(self, digest: bytes, epoch: int) -> tuple[bool, list[int]]:
+        """The namespace begins this epoch: nothing written before comes back, by no rebuild, and
+        its key is destroyed. Whether there was one, and segments whose free slots may hold bytes of
+        it that were not encrypted: `scour` those. Worker thread; no write of it may be under way.
+
+        Raises:
+            TierFailed: that is not sure. Call it again.
+        """
+        known = self.naming.purge(digest, epoch)
+        if known is None:
+            return False, []
+        suspects = [slab.index for slab in self._slabs if known.plain and slab.may_hold(digest)]
+        return bool(known.key), suspects
+
+    def scour(self, segment: int, slots: Sequence[int] | None) -> int:
+        """Free slots of the segment (None: it is free) are zero, durably; the caller holds them.
+        Returns how many bytes that were. Worker thread. Raises TierFailed.
+        """
+        return self._wipes.scour(segment, slots)
 
     # --- the Tier protocol
 
@@ -219,6 +223,7 @@ class SsdTier:
         )
         for item, checksum in zip(unsummed, checksums, strict=True):
             item.label.checksum = checksum
+        labels: list[SlotLabel] = []
         segments = {item.slot >> SLOT_BITS for item in items}
         failures = {segment: self._slabs[segment].sync_failures for segment in segments}
         if items:
@@ -226,14 +231,18 @@ class SsdTier:
             for item in items:
                 item.label.generation = self._identity.next_generation()
             reach("write.begin")
-            self._staging.write(items, *places(items, slabs))
+            labels = self._staging.write(items, *places(items, slabs))
         reach("write.written")
         for segment, before in failures.items():
             written = [i for i in items if i.slot >> SLOT_BITS == segment and i.error is None]
             attempt(written, partial(self._slabs[segment].sync, before))
         reach("write.synced")
         good = [item for item in items if item.error is None]
-        records = [pack_record(item.slot, item.slot_bytes, item.label) for item in good]
+        records = [
+            pack_record(item.slot, item.slot_bytes, label)
+            for item, label in zip(items, labels, strict=True)
+            if item.error is None
+        ]
         attempt(good, partial(self._catalogue.put, records))
         reach("write.listed")
         self._wipe_failed(items)
@@ -260,7 +269,8 @@ class SsdTier:
             slab = self._slab(item)
             label = item.label
             try:
-                if slab.slot_bytes != item.slot_bytes or label.namespace not in slab.names:
+                named = self.naming.current(label.namespace)
+                if slab.slot_bytes != item.slot_bytes or slab.names.get(label.namespace) != named:
                     self._prepare(slab, item)
             except TierFailed as error:
                 item.error = error
@@ -284,13 +294,11 @@ class SsdTier:
                 slab.create(min_free_bytes=self._min_free_bytes)
             if slab.slot_bytes != item.slot_bytes:
                 self._catalogue.delete_segment(slab.index)
-                slab.list_names({})
+                slab.forget_names()
                 slab.cut(item.slot_bytes, self._identity.next_generation())
-            if digest not in slab.names:
-                entry = self._book.names.get(digest)
-                if entry is None:
-                    raise TierFailed(f"namespace {digest.hex()} is not registered")
-                slab.list_names({**slab.names, digest: entry})
+            named = self.naming.current(digest)
+            if slab.names.get(digest) != named:
+                slab.list_names({**slab.names, digest: named})
 
     def resize(self, segment_count: int) -> None:
         """So many segments from now on. Nothing may lie in those that go, and nobody look at them.
@@ -313,23 +321,25 @@ class SsdTier:
             if slab.fd >= 0:
                 before = slab.sync_failures
                 self._catalogue.delete_segment(segment)
-                slab.list_names({})
+                slab.forget_names()
                 slab.cut(slab.slot_bytes, self._identity.next_generation())
                 slab.sync(before)
 
     def read(self, batch: Sequence[SlotIO]) -> None:
         """Straight from disk to each `address`; then header and payload must be what we asked."""
-        items, slabs = [], []
+        items, slabs, corrupt = [], [], 0
         for item in batch:
             slab = self._slab(item)
-            if slab.fd >= 0 and slab.slot_bytes == item.slot_bytes:
+            if item.label.namespace in self.keyring.locked:
+                item.error = TierFailed(f"ssd slot {item.slot:#x} is encrypted under another key")
+            elif slab.fd >= 0 and slab.slot_bytes == item.slot_bytes:
                 item.error = None
                 items.append(item)
                 slabs.append(slab)
             else:
                 here = f"ssd slot {item.slot:#x}"
                 item.error = BlockCorrupt(f"{here} was never written", damage="header")
-        corrupt = len(batch) - len(items)
+                corrupt += 1
         if items:
             corrupt += self._staging.read(items, *places(items, slabs))
         good = [item.label.size_bytes for item in items if item.error is None]
@@ -342,8 +352,9 @@ class SsdTier:
             )
         )
 
-    def erase(self, slots: Iterable[SlotRecord], *, durable: bool) -> None:
-        """Forgets these copies where they still lie as the records say, and wipes their headers.
+    def erase(self, slots: Iterable[SlotRecord], *, durable: bool, whole: bool = False) -> None:
+        """Forgets these copies where they still lie as the records say, and wipes their headers, or
+        all of them (`whole`).
 
         With `durable` all wipes and the catalogue are synced: neither these nor what was erased
         before comes back, not even by a rebuild from slabs. Without, a power cut may bring one
@@ -354,7 +365,7 @@ class SsdTier:
         """
         records = self._catalogue.matching(slots)
         reach("erase.matched")
-        self._wipes.wipe(records)
+        (self._wipes.wipe_whole if whole else self._wipes.wipe)(records)
         reach("erase.wiped")
         if durable:
             self._wipes.sync()
@@ -392,7 +403,7 @@ class SsdTier:
         for slab in self._slabs:
             if slab.slot_bytes > self.plan.size_bytes:
                 raise InvariantViolated(f"{slab} has slots larger than its segment")
-            if slab.names.keys() - self._book.names.keys():
+            if slab.names.keys() - self.naming.names.keys():
                 raise InvariantViolated(f"{slab} lists unknown namespaces")
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier import machine, native
 from kvtier.errors import DeviceUnavailable, TierFailed
@@ -21,7 +21,20 @@ from kvtier.tiers.versions import settle
 from kvtier.units import PAGE_BYTES
 
 STATE_VERSION: Final = (1, 0)  # (major, minor); another major is another layout
-Names = dict[bytes, tuple[int, bytes]]  # digest -> epoch, descriptor
+
+
+class Named(NamedTuple):
+    """What is kept of a namespace. `key`: its data key, wrapped (cipher.py); b"" = not encrypted.
+    `plain`: slots may hold bytes of it that are not encrypted.
+    """
+
+    epoch: int
+    descriptor: bytes
+    key: bytes = b""
+    plain: bool = True
+
+
+Names = dict[bytes, Named]  # by digest
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +120,10 @@ def read_book(content: bytes) -> Names:
     if int(checksum, 16) != native.checksum_bytes(body):
         raise ValueError("checksum")
     return {
-        bytes.fromhex(digest): (int(epoch), descriptor.encode())
-        for digest, epoch, descriptor in json.loads(body)
+        bytes.fromhex(digest): Named(
+            int(epoch), descriptor.encode(), bytes.fromhex(key), bool(plain)
+        )
+        for digest, epoch, descriptor, key, plain in json.loads(body)
     }
 
 
@@ -142,21 +157,48 @@ class NamespaceBook:
             self._files.rename(self._path, aside)
 
     def merge(self, names: Names) -> None:
-        """Adds what is new and takes the later epoch of what is known. Memory only."""
-        for digest, (epoch, descriptor) in names.items():
+        """Adds what is new and takes the later epoch of what is known; of one epoch, what has a
+        key (it was listed before the first write under it). Memory only.
+        """
+        for digest, named in names.items():
             known = self.names.get(digest)
-            if known is None or known[0] < epoch:
-                self.names[digest] = (epoch, known[1] if known else descriptor)
+            if known is None:
+                self.names[digest] = named
+            elif (known.epoch, bool(known.key)) < (named.epoch, bool(named.key)):
+                self.names[digest] = named._replace(descriptor=known.descriptor)
 
-    def save(self, names: Names) -> None:
-        """These are the namespaces now, durably. Raises TierFailed: the former ones stay."""
+    def save(self, names: Names, *, shred: bool = False) -> None:
+        """These are the namespaces now, durably. With `shred`, what the former file (and damaged
+        ones set aside) said is overwritten. Raises TierFailed: the former ones stay, in doubt.
+        """
         rows = [
-            (digest.hex(), epoch, descriptor.decode())
-            for digest, (epoch, descriptor) in names.items()
+            (digest.hex(), named.epoch, named.descriptor.decode(), named.key.hex(), named.plain)
+            for digest, named in names.items()
         ]
         body = json.dumps(rows).encode()
+        content = b"%016x\n%s" % (native.checksum_bytes(body), body)
         try:
-            self._files.replace(self._path, b"%016x\n%s" % (native.checksum_bytes(body), body))
+            old = self._files.open(self._path, os.O_WRONLY) if shred and self._path.exists() else -1
+            try:
+                self._files.replace(self._path, content)
+                if old >= 0:
+                    self._overwrite(old)
+            finally:
+                if old >= 0:
+                    self._files.close(old)
+            for path in self._path.parent.glob(f"{self._path.name}.*") if shred else ():
+                fd = self._files.open(path, os.O_WRONLY)
+                try:
+                    self._overwrite(fd)
+                finally:
+                    self._files.close(fd)
+                self._files.unlink(path)
         except OSError as error:
             raise TierFailed(f"{self._path}: {error.strerror}") from error
         self.names = names
+
+    def _overwrite(self, fd: int) -> None:
+        """The file has zeros where it had anything, durably."""
+        if size := self._files.size_bytes(fd):
+            self._files.write(fd, memoryview(bytes(size)), 0)
+        self._files.sync(fd)

@@ -68,7 +68,7 @@ class ReasonCount(_message.Message):
     def __init__(self, reason: _Optional[_Union[_types_pb2.Reason, str]] = ..., count: _Optional[int] = ...) -> None: ...
 
 class NamespaceStat(_message.Message):
-    __slots__ = ("namespace_id", "tenant", "model", "group_name", "epoch", "block_count", "size_bytes", "hit_blocks", "miss_blocks", "bypassed", "block_tokens")
+    __slots__ = ("namespace_id", "tenant", "model", "group_name", "epoch", "block_count", "size_bytes", "hit_blocks", "miss_blocks", "bypassed", "block_tokens", "encrypted", "locked", "max_age_s")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,9 @@ class NamespaceStat(_message.Message):
     MISS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYPASSED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
+    LOCKED_FIELD_NUMBER: _ClassVar[int]
+    MAX_AGE_S_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     tenant: str
     model: str
@@ -91,7 +94,10 @@ class NamespaceStat(_message.Message):
     miss_blocks: int
     bypassed: bool
     block_tokens: int
-    def __init__(self, namespace_id: _Optional[int] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., group_name: _Optional[str] = ..., epoch: _Optional[int] = ..., block_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., bypassed: bool = ..., block_tokens: _Optional[int] = ...) -> None: ...
+    encrypted: bool
+    locked: str
+    max_age_s: float
+    def __init__(self, namespace_id: _Optional[int] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., group_name: _Optional[str] = ..., epoch: _Optional[int] = ..., block_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., miss_blocks: _Optional[int] = ..., bypassed: bool = ..., block_tokens: _Optional[int] = ..., encrypted: bool = ..., locked: _Optional[str] = ..., max_age_s: _Optional[float] = ...) -> None: ...
 
 class SessionStat(_message.Message):
     __slots__ = ("client_name", "tenant", "group", "pid", "lease_count", "reservation_count", "age_s")
@@ -407,6 +413,24 @@ class ResizeTierResponse(_message.Message):
     moved_blocks: int
     evicted_blocks: int
     def __init__(self, former_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., configured_bytes: _Optional[int] = ..., moved_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ...) -> None: ...
+
+class PurgeRequest(_message.Message):
+    __slots__ = ("namespace_id", "timeout_s")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    timeout_s: float
+    def __init__(self, namespace_id: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class PurgeResponse(_message.Message):
+    __slots__ = ("block_count", "key_destroyed", "wiped_bytes")
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    KEY_DESTROYED_FIELD_NUMBER: _ClassVar[int]
+    WIPED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    block_count: int
+    key_destroyed: bool
+    wiped_bytes: int
+    def __init__(self, block_count: _Optional[int] = ..., key_destroyed: bool = ..., wiped_bytes: _Optional[int] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ()

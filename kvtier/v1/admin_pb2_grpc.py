@@ -90,6 +90,11 @@ class AdminServiceStub(object):
                 request_serializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierResponse.FromString,
                 _registered_method=True)
+        self.Purge = channel.unary_unary(
+                '/kvtier.v1.AdminService/Purge',
+                request_serializer=kvtier_dot_v1_dot_admin__pb2.PurgeRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_admin__pb2.PurgeResponse.FromString,
+                _registered_method=True)
         self.Check = channel.unary_unary(
                 '/kvtier.v1.AdminService/Check',
                 request_serializer=kvtier_dot_v1_dot_admin__pb2.CheckRequest.SerializeToString,
@@ -178,6 +183,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Purge(self, request, context):
+        """Destroys a namespace: its blocks in every tier, its key or its bytes on disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Check(self, request, context):
         """Runs every invariant check of the daemon's books.
         """
@@ -242,6 +254,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResizeTier,
                     request_deserializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_admin__pb2.ResizeTierResponse.SerializeToString,
+            ),
+            'Purge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Purge,
+                    request_deserializer=kvtier_dot_v1_dot_admin__pb2.PurgeRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_admin__pb2.PurgeResponse.SerializeToString,
             ),
             'Check': grpc.unary_unary_rpc_method_handler(
                     servicer.Check,
@@ -547,6 +564,33 @@ class AdminService(object):
             '/kvtier.v1.AdminService/ResizeTier',
             kvtier_dot_v1_dot_admin__pb2.ResizeTierRequest.SerializeToString,
             kvtier_dot_v1_dot_admin__pb2.ResizeTierResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Purge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.AdminService/Purge',
+            kvtier_dot_v1_dot_admin__pb2.PurgeRequest.SerializeToString,
+            kvtier_dot_v1_dot_admin__pb2.PurgeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,9 +78,12 @@ class Worker:
 
     async def work(self) -> None:
         """Until the process ends."""
-        acts = (self.put, self.durable, self.evict, self.read, self.clear, self.flush, self.again)
+        acts = (
+            self.put, self.durable, self.evict, self.read, self.clear, self.flush, self.again,
+            self.purge,
+        )  # fmt: skip
         while True:
-            act = self.rng.choices(acts, (4, 3, 2, 3, 0.4, 0.6, 1))[0]
+            act = self.rng.choices(acts, (4, 3, 2, 3, 0.4, 0.6, 1, 0.1))[0]
             await act()
             self.node.assert_sound()
             await asyncio.sleep(0)
@@ -136,6 +139,15 @@ class Worker:
         await self.node.store.clear_namespace(self.who.session, self.space)
         say("cleared", self.name)
         self.mine.clear()
+
+    async def purge(self) -> None:
+        keys = [key for one in self.mine for key in chain(one, BLOCKS)]
+        say("purge", self.name)
+        await self.node.store.purge(self.space, 30.0)
+        say("purged", self.name)
+        self.mine.clear()
+        if count := self.node.plaintext_of(keys):
+            say("PROBLEM", self.name, "is purged, and the disk has bytes of", count, "blocks")
 
     async def flush(self) -> None:
         say("flush", self.name)
@@ -219,6 +231,8 @@ async def errands(node: Node, workers: list[Worker]) -> None:
     if keeper.scrubbing.use().damaged:
         say("PROBLEM", "scrub", keeper.scrubbing.use())
     await worker.read()
+    for worker in workers:
+        await worker.purge()
 
 
 def script(directory: str, life: str, oracle: str, tight: bool) -> None:

@@ -35,6 +35,7 @@ class Found:
     keys: bytes
     slots: array[int]
     checksums: array[int]
+    written: array[int]
 
 
 def slot(number: int) -> int:
@@ -53,6 +54,7 @@ def stretch(
         keys.packed,
         array("I", map(slot, numbers)),
         array("Q", (1000 + n for n in numbers)),
+        array("I", [77] * len(keys)),
     )
 
 

@@ -29,8 +29,8 @@ from kvtier.block import (
 from kvtier.errors import ReservationExpired
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import Filled, Filling
-from kvtier.ledger.holdings import COMMITTED, Entry, Lease, Reservation
-from kvtier.ledger.ledger import Erasure, Ledger
+from kvtier.ledger.holdings import COMMITTED, Entry, Erasure, Lease, Reservation
+from kvtier.ledger.ledger import Ledger
 from kvtier.ledger.moves import Moves
 from kvtier.units import KIB
 

@@ -29,9 +29,12 @@ from kvtier.block import (
 )
 from kvtier.config import Config
 from kvtier.errors import TierFailed
+from kvtier.rules import encrypted_by
 from kvtier.sections import (
     DramConfig,
+    EncryptionConfig,
     LimitsConfig,
+    NamespaceConfig,
     ServerConfig,
     SsdConfig,
     StateConfig,
@@ -42,6 +45,7 @@ from kvtier.session import Session
 from kvtier.store import Store
 from kvtier.testing.faults import FaultyTier, Gate
 from kvtier.tiers.arena import Arena, MappedArena
+from kvtier.tiers.cipher import Keyring
 from kvtier.tiers.dram import DramTier
 from kvtier.tiers.files import Files
 from kvtier.tiers.ssd import SsdTier
@@ -67,15 +71,16 @@ def payload(key: bytes, size_bytes: int = BLOCK_BYTES, shard: int = 0) -> bytes:
 
 @dataclass
 class Clock:
-    """The machine's clock, moved forward at will."""
+    """The machine's clock, moved forward at will; `wall_ahead_s` as somebody sets the time."""
 
     ahead_s: float = 0.0
+    wall_ahead_s: float = 0.0
 
     def monotonic_s(self) -> float:
         return SystemClock().monotonic_s() + self.ahead_s
 
     def wall_s(self) -> float:
-        return SystemClock().wall_s()
+        return SystemClock().wall_s() + self.wall_ahead_s
 
 
 @dataclass
@@ -123,9 +128,12 @@ class Node:
         write_arena_bytes: int = MIB,
         watch_events_max: int = 4096,
         files: Files | None = None,
+        namespaces: tuple[NamespaceConfig, ...] = (),
+        master: bytes | None = None,
+        clock: Clock | None = None,
         **limits: Any,
     ) -> None:
-        self.files = files
+        self.files, self.master = files, master
         limits.setdefault("block_bytes_max", min(write_arena_bytes, MIB))
         self.config = Config(
             server=ServerConfig(
@@ -153,8 +161,10 @@ class Node:
             ),
             limits=LimitsConfig(write_arena_bytes=write_arena_bytes, **limits),
             tenants=tenants,
+            namespaces=namespaces,
+            encryption=EncryptionConfig(key_file=Path("/not/read") if master else None),
         )
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.ssd: Any = None
         self.closed = False
 
@@ -194,6 +204,7 @@ class Node:
                     tiers.ssd.segment_bytes,
                     min_free_bytes=0,
                     files=self.files,
+                    keyring=Keyring(self.master, wanted=encrypted_by(self.config)),
                 )
             )
 
@@ -353,6 +364,12 @@ class Node:
                 and not self.ledger._condemned
             )
         )
+
+    def plaintext_of(self, keys: Sequence[bytes]) -> int:
+        """Of how many blocks some bytes lie in the state directory as they were stored."""
+        files = (path for path in self.config.state.dir.rglob("*") if path.is_file())
+        on_disk = b"".join(path.read_bytes() for path in files)
+        return sum(payload(key)[:32] in on_disk for key in keys)
 
     def tier_state(self, name: str) -> str:
         uses = {use.tier.label: use for use in self.store.counts(1).tiers}

@@ -16,11 +16,12 @@ from kvtier.testing import conformance
 from kvtier.testing.conformance import DESCRIPTOR, NAMESPACE, Blocks, MakeTier
 from kvtier.testing.faults import FaultyTier
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.cipher import Keyring
 from kvtier.tiers.dram import DramTier
 from kvtier.tiers.ssd import SsdTier
 from kvtier.units import MIB
 
-KINDS = ("dram", "single-tenant", "cxl", "ssd", "ssd buffered", "ssd tmpfs")
+KINDS = ("dram", "single-tenant", "cxl", "ssd", "ssd buffered", "ssd tmpfs", "ssd encrypted")
 
 
 @pytest.fixture(params=KINDS)
@@ -35,7 +36,11 @@ def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterable[MakeTi
     def ssd() -> SsdTier:
         directory = base / str(next(numbers))
         mode = "off" if request.param == "ssd buffered" else "auto"
-        tier = SsdTier(directory, 2, MIB, direct_io=mode, min_free_bytes=0)
+        keyring = None
+        if request.param == "ssd encrypted":
+            pytest.importorskip("cryptography")
+            keyring = Keyring(bytes(32), wanted=lambda _: True)
+        tier = SsdTier(directory, 2, MIB, direct_io=mode, min_free_bytes=0, keyring=keyring)
         tier.recover()
         tier.register_namespace(NAMESPACE, DESCRIPTOR, 0)
         return tier

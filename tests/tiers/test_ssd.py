@@ -111,7 +111,8 @@ HEADER_FIELDS = {
     "magic": 0, "version": 8, "codec": 10, "fidelity": 11, "shard": 12, "key length": 14,
     "parent length": 15, "namespace": 16, "epoch": 32, "position": 40, "slot": 44, "slab": 48,
     "slot bytes": 52, "size": 56, "checksum": 64, "generation": 72, "key": 80, "parent": 144,
-    "header checksum": 208, "payload": 4096, "payload end": 4096 + SIZE - 1,
+    "stored at": 208, "cipher": 212, "salt": 216, "tag": 232, "header checksum": 248,
+    "payload": 4096, "payload end": 4096 + SIZE - 1,
 }  # fmt: skip
 
 

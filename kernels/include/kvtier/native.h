@@ -165,6 +165,7 @@ struct KvtRecords {
   uint8_t* keys;
   uint32_t* slots;
   uint64_t* checksums;
+  uint32_t* written;  // of each block, of its shards the earliest
   struct KvtStretch* stretches;
   uint64_t* key_size;  // of each namespace; 0 = nothing was kept
   uint64_t stretch_count;
