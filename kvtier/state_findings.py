@@ -23,7 +23,7 @@ from kvtier.tiers.identity import read_identity
 from kvtier.tiers.page_checks import Damage
 from kvtier.tiers.pages import check_file
 from kvtier.tiers.scrub_notes import read_notes
-from kvtier.tiers.slab import SlabHead, read_head
+from kvtier.tiers.slab_head import SlabHead, read_head
 from kvtier.tiers.starts import Start, Verdict, read_starts, verdict_on
 from kvtier.tiers.state import STATE_VERSION, read_book, read_version
 from kvtier.tiers.versions import SET_ASIDE

@@ -21,9 +21,9 @@ FUNCTION_LINES_MAX = 70
 LONGER_FILES: dict[str, int] = {
     "block.py": 487,
     "keeper.py": 602,
-    "ledger/ledger.py": 652,
-    "ledger/moves.py": 411,
-    "store.py": 772,
+    "ledger/ledger.py": 661,
+    "ledger/moves.py": 412,
+    "store.py": 781,
 }
 
 # A unit may import itself, and only what is listed here. Read it top-down: nothing points down.

@@ -9,6 +9,7 @@ from array import array
 from dataclasses import dataclass
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX
+from kvtier.errors import InvariantViolated
 
 INDEX_MASK = SLOTS_PER_SEGMENT_MAX - 1
 SlotClass = tuple[str, int]  # tenant, slot size in bytes
@@ -56,6 +57,27 @@ class Segment:
             self.in_use[slot & INDEX_MASK] = 1
         self.used += count
         return taken
+
+    def check(self, *, settled: bool) -> None:
+        """Raises InvariantViolated if its slots are miscounted. `settled`: free ones are listed."""
+        here = f"segment {self.index}"
+        if self.slot_class is None:
+            if self.used or self.fresh or len(self.returned):
+                raise InvariantViolated(f"free {here} has slots")
+            return
+        if settled and not self.used:
+            raise InvariantViolated(f"{here} is owned but holds nothing")
+        if self.in_use.count(1) != self.used:
+            raise InvariantViolated(f"{here}: slots in use are miscounted")
+        if not settled:
+            return
+        returned = {slot & INDEX_MASK for slot in self.returned}
+        if len(self.returned) + self.used != self.fresh:
+            raise InvariantViolated(f"{here}: free + used != slots")
+        if len(returned) != len(self.returned):
+            raise InvariantViolated(f"{here}: a slot is free twice")
+        if any(self.in_use[at] for at in returned) or any(self.in_use[self.fresh :]):
+            raise InvariantViolated(f"{here}: a slot is free and in use")
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ class TierSlots:
         in_use[first:end] = b"\1" * len(places)
         segment.used += len(places)
         if segment.used == segment.slot_count:
-            assert segment.slot_class is not None
+            assert segment.slot_class is not None, "it has slots"
             del self._open[segment.slot_class][segment.index]
         return True
 
@@ -190,7 +190,7 @@ class TierSlots:
         while self._unsettled:
             index = next(iter(self._unsettled))
             segment = self.segments[index]
-            assert segment.slot_class is not None
+            assert segment.slot_class is not None, "it has slots"
             segment.fresh = segment.in_use.rfind(1) + 1
             first, returned = index << SLOT_BITS, array("I")
             for end in range(segment.fresh, 0, -_SETTLED_SLOTS):
@@ -253,10 +253,9 @@ class TierSlots:
         held = array("I")
         for slot in slots:
             segment, at = self.segments[slot >> SLOT_BITS], slot & INDEX_MASK
-            if segment.slot_class is None or segment.index in self._withheld:
+            if segment.index in self._withheld or at >= segment.slot_count or segment.in_use[at]:
                 continue
-            if at >= segment.slot_count or segment.in_use[at]:
-                continue
+            assert segment.slot_class is not None, "it has slots"
             if at >= segment.fresh:
                 segment.returned.extend(range(slot - at + segment.fresh, slot + 1))
                 segment.fresh = at + 1
@@ -378,25 +377,9 @@ class TierSlots:
         used_bytes = 0
         open_slots: dict[SlotClass, int] = {}
         for segment in self.segments:
-            if segment.index in self._unsettled:
-                self._check_unsettled(segment, open_slots)
-                used_bytes += segment.used * (segment.slot_class or ("", 0))[1]
-                continue
+            segment.check(settled=segment.index not in self._unsettled)
             if segment.slot_class is None:
-                if segment.used or segment.fresh or len(segment.returned):
-                    raise InvariantViolated(f"free segment {segment.index} has slots")
                 continue
-            if not segment.used:
-                raise InvariantViolated(f"segment {segment.index} is owned but holds nothing")
-            if segment.in_use.count(1) != segment.used:
-                raise InvariantViolated(f"segment {segment.index}: slots in use are miscounted")
-            returned = {slot & INDEX_MASK for slot in segment.returned}
-            if len(segment.returned) + segment.used != segment.fresh:
-                raise InvariantViolated(f"segment {segment.index}: free + used != slots")
-            if len(returned) != len(segment.returned):
-                raise InvariantViolated(f"segment {segment.index}: a slot is free twice")
-            if any(segment.in_use[at] for at in returned) or any(segment.in_use[segment.fresh :]):
-                raise InvariantViolated(f"segment {segment.index}: a slot is free and in use")
             used_bytes += segment.used * segment.slot_class[1]
             free = 0 if segment.index in self._withheld else segment.slot_count - segment.used
             open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + free
@@ -408,13 +391,6 @@ class TierSlots:
         for slot_class, count in self._open_slots.items():
             if open_slots.get(slot_class, 0) != count:
                 raise InvariantViolated(f"{slot_class}: {count} open slots in the books")
-
-    @staticmethod
-    def _check_unsettled(segment: Segment, open_slots: dict[SlotClass, int]) -> None:
-        if segment.slot_class is None or segment.in_use.count(1) != segment.used:
-            raise InvariantViolated(f"segment {segment.index}: claimed slots are miscounted")
-        free = segment.slot_count - segment.used
-        open_slots[segment.slot_class] = open_slots.get(segment.slot_class, 0) + free
 
     def __repr__(self) -> str:
         counts = self.counts()

@@ -5,14 +5,7 @@ r"""Slab: one preallocated file of slots on disk, and what it says of itself.
     [32768, 61440)       namespaces, copy B / leaves the other one
     [65536, + segment)   slots: header page, then payload rounded up to 4096 (slots.py)
 
-Slab header, little endian: 0 magic `KVTSLAB\0`, 8 version u32, 12 slab index u32, 16 slot_bytes
-u64, 24 cut generation u64 (slots of older generations are dead), 32 id of the state directory, 16
-bytes, 48 XXH3-64 of bytes [0, 48).
-
-Namespaces: 0 magic `KVTNAMES`, 8 revision u64, 16 length u32, 20 flags u32 (1: free slots may hold
-bytes of namespaces that are not listed), 24 XXH3-64 of [8, 24) and what follows, 32 zlib of, for
-each: digest 16 bytes, epoch u64, lengths of descriptor u32 and wrapped key u16, flags u16 (1: not
-all slots are encrypted), descriptor, wrapped key.
+The first three: slab_head.py.
 
 Does not: know the catalogue, or which slots hold a block that still counts.
 """
@@ -22,12 +15,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvtier import native
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotIO
@@ -36,25 +27,20 @@ from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.evidence import give_way
 from kvtier.tiers.files import Files
+from kvtier.tiers.slab_head import (
+    NAMES_BYTES,
+    NAMES_OFFSETS,
+    SlabHead,
+    pack_names,
+    unpack_head,
+    unpack_names,
+)  # fmt: skip
 from kvtier.tiers.slots import SLOT_HEADER_BYTES, unpack_slot_header
 from kvtier.tiers.state import Named, Names
 from kvtier.units import KIB, PAGE_BYTES, format_bytes
 
 SLAB_RESERVED_BYTES: Final = 64 * KIB
 
-_SLAB_MAGIC: Final = b"KVTSLAB\0"
-_NAMES_MAGIC: Final = b"KVTNAMES"
-_VERSION: Final = 1
-_SLAB: Final = struct.Struct("<8sIIQQ16s")
-_NAMES: Final = struct.Struct("<8sQII")
-_NAME: Final = struct.Struct("<16sQIHH")
-_FORMER: Final = 1
-_PLAIN: Final = 1
-_SUM: Final = struct.Struct("<Q")
-_NAMES_BYTES: Final = 28 * KIB
-_NAMES_OFFSETS: Final = (4 * KIB, 32 * KIB)
-_NAMES_START: Final = _NAMES.size + _SUM.size
-_NAMES_RAW_BYTES_MAX: Final = 16 * 1024 * KIB  # of one slab, unpacked
 _SCAN_SLOTS: Final = 256
 _ZEROS_BYTES: Final = 1024 * KIB
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
@@ -115,18 +101,18 @@ class Slab:
         return True
 
     def _read_head(self, head: bytes) -> None:
-        cut = _unpack_head(head)
+        cut = unpack_head(head)
         if cut is not None:
             # Wherever the file comes from: not to be used again.
             self.cut_generation = cut.cut_generation
             if cut.number == self.index:
                 self.slot_bytes, self.state_id = cut.slot_bytes, cut.state_id
-        copies = [head[offset : offset + _NAMES_BYTES] for offset in _NAMES_OFFSETS]
-        found = sorted((_unpack_names(copy) for copy in copies), key=lambda copy: copy.revision)
+        copies = [head[offset : offset + NAMES_BYTES] for offset in NAMES_OFFSETS]
+        found = sorted((unpack_names(copy) for copy in copies), key=lambda copy: copy.revision)
         other, newest = found
         self._revision, self.names = newest.revision, newest.names
         self._other_names = other.names
-        unsound = any(copy.strip(b"\0") and not _unpack_names(copy).revision for copy in copies)
+        unsound = any(copy.strip(b"\0") and not unpack_names(copy).revision for copy in copies)
         self._other_unknown = unsound
         self.has_former = newest.has_former or (unsound and not newest.revision)
 
@@ -191,9 +177,9 @@ class Slab:
 
         Hold `lock`. Durable with the next `sync`. Raises TierFailed: nothing was changed for us.
         """
-        head = _SLAB.pack(_SLAB_MAGIC, _VERSION, self.index, slot_bytes, generation, self.state_id)
+        head = SlabHead(self.index, slot_bytes, generation, self.state_id)
         reach("slab.unnamed")
-        self._write(0, head + _SUM.pack(native.checksum_bytes(head)), PAGE_BYTES)
+        self._write(0, head.pack(), PAGE_BYTES)
         reach("slab.cut")
         self.slot_bytes, self.cut_generation = slot_bytes, generation
 
@@ -204,17 +190,11 @@ class Slab:
             TierFailed: they do not fit, or the disk failed; the former list stays.
         """
         has_former = self.has_former if has_former is None else has_former
-        raw = b"".join(
-            _NAME.pack(digest, epoch, len(text), len(key), _PLAIN * plain) + text + key
-            for digest, (epoch, text, key, plain) in names.items()
-        )
-        packed = zlib.compress(raw)
-        if len(packed) + _NAMES_START > _NAMES_BYTES or len(raw) > _NAMES_RAW_BYTES_MAX:
-            raise TierFailed(f"{self.path}: {len(names)} namespaces do not fit into one slab")
         revision = self._revision + 1
-        head = _NAMES.pack(_NAMES_MAGIC, revision, len(packed), _FORMER * has_former)
-        page = head + _SUM.pack(native.checksum_bytes(head[8:] + packed)) + packed
-        self._write(_NAMES_OFFSETS[revision % 2], page, _NAMES_BYTES)
+        page = pack_names(revision, names, has_former=has_former)
+        if page is None:
+            raise TierFailed(f"{self.path}: {len(names)} namespaces do not fit into one slab")
+        self._write(NAMES_OFFSETS[revision % 2], page, NAMES_BYTES)
         reach("slab.named")
         self._other_names, self._other_unknown = self.names, False
         self._revision, self.names, self.has_former = revision, dict(names), has_former
@@ -359,30 +339,6 @@ def places(
     return [slab.fd for slab in slabs], offsets
 
 
-class SlabHead(NamedTuple):
-    """What a slab file says of itself."""
-
-    number: int
-    slot_bytes: int
-    cut_generation: int
-    state_id: bytes
-
-
-def read_head(path: Path) -> SlabHead | None:
-    """For those who only look: None where there is no sound header. Raises OSError."""
-    with path.open("rb") as file:
-        return _unpack_head(file.read(PAGE_BYTES))
-
-
-def _unpack_head(head: bytes) -> SlabHead | None:
-    if len(head) < _SLAB.size + _SUM.size:
-        return None
-    magic, version, *fields = _SLAB.unpack_from(head)
-    (checksum,) = _SUM.unpack_from(head, _SLAB.size)
-    sound = native.checksum_bytes(head[: _SLAB.size]) == checksum
-    return SlabHead(*fields) if (magic, version, sound) == (_SLAB_MAGIC, _VERSION, True) else None
-
-
 def remove_strays(files: Files, slabs: Sequence[Slab], directory: Path) -> None:
     """Removes files of segments that the plan no longer has: the tier was made smaller.
 
@@ -397,29 +353,3 @@ def remove_strays(files: Files, slabs: Sequence[Slab], directory: Path) -> None:
                 files.unlink(path)
             except OSError as error:
                 raise TierFailed(f"{path}: {error.strerror}") from error
-
-
-class _Copy(NamedTuple):
-    revision: int  # 0: unwritten or damaged
-    names: Names
-    has_former: bool
-
-
-def _unpack_names(area: bytes) -> _Copy:
-    """One copy of the list."""
-    magic, revision, length, flags = _NAMES.unpack_from(area)
-    (checksum,) = _SUM.unpack_from(area, _NAMES.size)
-    packed = area[_NAMES_START : _NAMES_START + length]
-    if magic != _NAMES_MAGIC or native.checksum_bytes(area[8 : _NAMES.size] + packed) != checksum:
-        return _Copy(0, {}, False)
-    raw = zlib.decompressobj().decompress(packed, _NAMES_RAW_BYTES_MAX)
-    names: Names = {}
-    offset = 0
-    while offset < len(raw):
-        digest, epoch, text_bytes, key_bytes, entry_flags = _NAME.unpack_from(raw, offset)
-        text = offset + _NAME.size
-        offset = text + text_bytes + key_bytes
-        key = raw[text + text_bytes : offset]
-        plain = bool(entry_flags & _PLAIN)
-        names[digest] = Named(epoch, raw[text : text + text_bytes], key, plain)
-    return _Copy(revision, names, bool(flags & _FORMER))

@@ -247,13 +247,8 @@ class SsdTier:
         reach("write.listed")
         self._wipe_failed(items)
         done = [item.label.size_bytes for item in good if item.error is None]
-        self._count(
-            TierCounts(
-                written_bytes=sum(done),
-                written_slots=len(done),
-                error_count=len(batch) - len(done),
-            )
-        )
+        counts = TierCounts(written_bytes=sum(done), written_slots=len(done))
+        self._count(replace(counts, error_count=len(batch) - len(done)))
 
     def _wipe_failed(self, items: Sequence[SlotIO]) -> None:
         """What is not listed must not be found by a rebuild: it may be evicted by then."""
@@ -343,14 +338,8 @@ class SsdTier:
         if items:
             corrupt += self._staging.read(items, *places(items, slabs))
         good = [item.label.size_bytes for item in items if item.error is None]
-        self._count(
-            TierCounts(
-                read_bytes=sum(good),
-                read_slots=len(good),
-                corrupt_count=corrupt,
-                error_count=len(batch) - len(good) - corrupt,
-            )
-        )
+        counts = TierCounts(read_bytes=sum(good), read_slots=len(good), corrupt_count=corrupt)
+        self._count(replace(counts, error_count=len(batch) - len(good) - corrupt))
 
     def erase(self, slots: Iterable[SlotRecord], *, durable: bool, whole: bool = False) -> None:
         """Forgets these copies where they still lie as the records say, and wipes their headers, or

@@ -299,11 +299,11 @@ def test_a_purge_destroys_the_key_everywhere(tmp_path: Path) -> None:
             assert named.key[20:36] not in path.read_bytes()
             assert named.key.hex()[40:72].encode() not in path.read_bytes()
     for path in (slab(tmp_path), slab(tmp_path, 1)):
-        from kvtier.tiers.slab import _unpack_names
+        from kvtier.tiers.slab_head import unpack_names
 
         for at in (4 * KIB, 32 * KIB):
             area = path.read_bytes()[at : at + 28 * KIB]
-            assert all(not one.key for one in _unpack_names(area).names.values())
+            assert all(not one.key for one in unpack_names(area).names.values())
     assert slab(tmp_path).read_bytes()[SEALED:] == sealed[0][SEALED:], "ciphertext may stay"
 
     for lost in ("", "catalogue", "namespaces"):
