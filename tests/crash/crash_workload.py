@@ -23,6 +23,7 @@ import crash_plants
 from kvtier.block import SLOT_BITS, SlotIO, SlotLabel
 from kvtier.native import AlignedBuffer
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.files import Files
 from kvtier.tiers.slots import SLOT_HEADER_BYTES
 from kvtier.tiers.ssd import SsdTier
 from kvtier.units import KIB
@@ -34,7 +35,12 @@ SPACES = tuple(hashlib.blake2b(bytes([i]), digest_size=16).digest() for i in ran
 
 
 def open_tier(directory: Path) -> SsdTier:
-    return SsdTier(directory, SEGMENTS, SEGMENT_BYTES, direct_io="off", min_free_bytes=0)
+    # One slot at a time, by this thread: what is recorded is one thread's calls. Slots of a batch
+    # are in no order anyway before their sync: images with any of them are made.
+    files = Files(depth=1)
+    return SsdTier(
+        directory, SEGMENTS, SEGMENT_BYTES, direct_io="off", min_free_bytes=0, files=files
+    )
 
 
 def descriptor(space: int) -> bytes:
