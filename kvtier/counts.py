@@ -30,6 +30,7 @@ class TierUse:
     error_count: int
     state: str
     detail: str
+    written_day_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

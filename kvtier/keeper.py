@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any, TypeVar
 
-from kvtier import native
 from kvtier.ageing import Ageing
 from kvtier.block import (
     SLOT_BITS,
@@ -33,11 +32,11 @@ from kvtier.block import (
     TierId,
 )
 from kvtier.config import Config
-from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
 from kvtier.durability import Durability
 from kvtier.erasing import Erasing
 from kvtier.errors import InvariantViolated, KvTierError, TierFailed
 from kvtier.health import Health
+from kvtier.housekeeping import Housekeeping
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
@@ -56,17 +55,11 @@ from kvtier.session import Session
 from kvtier.tally import (
     Rates,
     Tally,
-    block_uses,
     bytes_in_and_out,
     damage_of,
-    namespace_uses,
-    route_uses,
-    session_uses,
-    tier_uses,
 )
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import Tier
-from kvtier.tiers.cipher import Keyring
 from kvtier.tiers.dram import DramTier
 from kvtier.tiers.ssd import SsdTier
 from kvtier.transfer.mover import Mover
@@ -75,7 +68,6 @@ from kvtier.units import Clock
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _TICK_S = 0.25
-_SSD_TEND_S = 60.0
 # Before anything was measured: what a PCIe 4 drive and two memory channels do. A guess, replaced
 # by the first moves.
 _BYTES_PER_S = {TierId.DRAM: 10e9, TierId.SSD: 2e9}
@@ -138,8 +130,8 @@ class Keeper:
             ssd, self.ledger, self.moves, self.progress, self.in_thread, self.recovering
         )
         self.ageing = Ageing(self.ledger, clock, config.rule)
-        self._clock, self._started_s = clock, clock.monotonic_s()
-        self._rates, self._woken = Rates(), asyncio.Event()
+        self._clock, self.started_s = clock, clock.monotonic_s()
+        self.rates, self._woken = Rates(), asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
@@ -149,7 +141,9 @@ class Keeper:
         self._shrinking: set[TierId] = set()  # above the high-water mark, not yet at the low one
 
     def _begin_upkeep(self, section: SsdConfig) -> None:
-        self._ssd_tend_at_s = self._started_s + _SSD_TEND_S
+        self.housekeeping = Housekeeping(
+            self.ssd, self.ledger, self._clock, self.in_thread, section
+        )
         turn = asyncio.Lock()  # a resize and a purge both take segments out of use
         self.health = Health(
             self.ssd, self.ledger, self._clock, self.in_thread, errors_max=section.errors_max
@@ -188,6 +182,7 @@ class Keeper:
         self.health.errors_max = ssd.errors_max
         self.scrubbing.reconfigure(bytes_per_s=ssd.scrub_bytes_per_s, interval_s=ssd.scrub_every_s)
         self.resizing.config = ssd
+        self.housekeeping.reconfigure(ssd)
         self.ageing.rule = config.rule
         self.ageing.renew()
         if self.ssd is not None:
@@ -281,7 +276,8 @@ class Keeper:
                 await self.health.reopen()
             if not self.health.is_closed:
                 await self.erasing.run()
-                await self._tend_ssd()
+                if self.recovering.is_over:
+                    await self.housekeeping.run()
         except TierFailed as error:
             self.health.failed(error)
         try:
@@ -290,11 +286,6 @@ class Keeper:
             log.warning("tier.failed %s", error)
         if self.ledger.is_erasing and not self.health.is_closed:
             self._woken.set()  # more came meanwhile
-
-    async def _tend_ssd(self) -> None:
-        if self.ssd is not None and self.recovering.is_over and self.now_s() >= self._ssd_tend_at_s:
-            self._ssd_tend_at_s = self.now_s() + _SSD_TEND_S
-            await self.in_thread(self.ssd.tend)
 
     @property
     def tending(self) -> asyncio.Task[None] | None:
@@ -309,9 +300,10 @@ class Keeper:
             self.on_reservation_over(reservation)
         self.filling.expire_partials(now_s)
         self.scrubbing.tick()
+        self.housekeeping.watch()
         if self.ageing.tick(is_recovered=self.recovering.is_over):
             self.wake()
-        self._rates.update(now_s, bytes_in_and_out(self.tally, self.mover, self.ledger))
+        self.rates.update(now_s, bytes_in_and_out(self.tally, self.mover, self.ledger))
         if self._starving:
             self._starving = False
             self._revoke_overdue(now_s)
@@ -533,56 +525,6 @@ class Keeper:
             space.digest, space.epoch, entry.key, entry.parent, entry.position, shard,
             space.shard_bytes,
         )  # fmt: skip
-
-    def accounts(self, sessions: Iterable[Session], namespaces_max: int) -> StoreCounts:
-        """Everything `kvtier stat` shows."""
-        now_s, tally, ledger = self.now_s(), self.tally, self.ledger
-        reservations = self.filling.reservations.values()
-        errors = {TierId.DRAM: self.dram.counts().error_count}
-        if self.ssd is not None:
-            errors[TierId.SSD] = self.ssd.counts().error_count
-        states = {} if self.recovering.is_over else {TierId.SSD: self.recovering.state}
-        detail = self.health.error or self.recovering.problem
-        if locked := sum(bool(space.locked) for space in ledger.spaces.values()):
-            detail = detail or f"{locked} namespaces are encrypted under another key: they miss"
-        state = "draining" if self.draining else "bypassed" if self.bypassed else "serving"
-        return StoreCounts(
-            uptime_s=now_s - self._started_s,
-            state=state,
-            tiers=tier_uses(ledger, tally, self._rates, self.mover, errors, detail, states),
-            lookup_count=tally.lookup_count,
-            lookup_blocks=tally.lookup_blocks,
-            hit_blocks=tally.hit_blocks,
-            miss_blocks=tally.miss_blocks,
-            reasons={reason: count for reason, count in tally.reasons.items() if count},
-            lease_count=len(ledger.leases),
-            lease_oldest_s=max((now_s - le.started_s for le in ledger.leases.values()), default=0),
-            reservation_count=len(reservations),
-            reservation_oldest_s=max((now_s - r.started_s for r in reservations), default=0),
-            sessions=session_uses(sessions, now_s),
-            routes=route_uses(self.mover),
-            namespaces=tuple(self.namespace_uses()[:namespaces_max]),
-            corrupt_count=ledger.corrupt_blocks,
-            corrupt=dict(tally.corrupt),
-            scrub=self.scrubbing.use(),
-            stored_blocks=tally.stored_blocks,
-            evicted_blocks=ledger.evicted_blocks,
-            events_revision=self.events.revision,
-            native_kernels=native.capabilities().native,
-            recovered_blocks=tally.recovered_blocks,
-            recovery_s=tally.recovery_s,
-            leases_revoked=tally.leases_revoked,
-            predecessor_bytes=tally.predecessor_bytes,
-        )
-
-    def namespace_uses(self) -> list[NamespaceUse]:
-        """All namespaces."""
-        keyring = self.ssd.keyring if self.ssd is not None else Keyring()
-        return namespace_uses(self.ledger, keyring)
-
-    def block_uses(self, space: Namespace, after_key: bytes, count_max: int) -> list[BlockUse]:
-        """A page of blocks."""
-        return block_uses(self.ledger, space, after_key, count_max)
 
     def check(self, sessions: Iterable[Session]) -> list[str]:
         """Runs every invariant check; the problems found, as sentences."""

@@ -24,6 +24,7 @@ TIER_SERIES: Final = (
     ("kvtier_tier_in_bytes_total", "counter", "Bytes written into the tier.", "in_bytes"),
     ("kvtier_tier_out_bytes_total", "counter", "Bytes read from the tier.", "out_bytes"),
     ("kvtier_tier_hit_blocks_total", "counter", "Blocks found here by lookups.", "hit_blocks"),
+    ("kvtier_tier_written_day_bytes", "gauge", "Written in 24 h (SSD).", "written_day_bytes"),
     ("kvtier_tier_errors_total", "counter", "Failed slot reads and writes.", "error_count"),
 )
 # (..., attribute of StoreCounts)

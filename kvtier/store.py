@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from kvtier.accounts import accounts, all_namespaces
 from kvtier.block import (
     CommitResult,
     Event,
@@ -55,6 +56,7 @@ from kvtier.ledger.holdings import Entry, Lease, Reservation
 from kvtier.ledger.search import Span, cut_spans, segments_of
 from kvtier.purging import Purged
 from kvtier.session import Session
+from kvtier.tally import block_uses
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.arena import Arena
 from kvtier.tiers.room import WriteRoom
@@ -728,15 +730,15 @@ class Store:
 
     def counts(self, namespaces_max: int) -> StoreCounts:
         """Everything `kvtier stat` shows."""
-        return self.keeper.accounts(self._sessions.values(), namespaces_max)
+        return accounts(self.keeper, self._sessions.values(), namespaces_max)
 
     def namespaces(self) -> list[NamespaceUse]:
         """All namespaces."""
-        return self.keeper.namespace_uses()
+        return all_namespaces(self.keeper)
 
     def blocks(self, namespace_id: int, after_key: bytes, count_max: int) -> list[BlockUse]:
         """A page of blocks, in the order of the index, after the one with `after_key`."""
-        return self.keeper.block_uses(self._ledger.space(namespace_id), after_key, count_max)
+        return block_uses(self._ledger, self._ledger.space(namespace_id), after_key, count_max)
 
     async def flush(self, timeout_s: float) -> tuple[int, int]:
         """(blocks written below, blocks still only in memory)."""

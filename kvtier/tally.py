@@ -98,6 +98,7 @@ def tier_uses(
     errors: dict[TierId, int],
     ssd_detail: str,
     states: dict[TierId, str],
+    ssd_day_bytes: int,
 ) -> tuple[TierUse, ...]:
     """One record a tier, fast to slow. `states` of tiers that do not simply serve."""
     totals = bytes_in_and_out(tally, mover, ledger)
@@ -131,6 +132,7 @@ def tier_uses(
                 error_count=errors.get(tier, 0),
                 state=states.get(tier, "degraded" if tier in ledger.closed_tiers else "serving"),
                 detail=ssd_detail if tier is TierId.SSD else "",
+                written_day_bytes=ssd_day_bytes if tier is TierId.SSD else 0,
             )
         )
     return tuple(uses)

@@ -407,6 +407,8 @@ def test_live_keys_are_exactly_these(tmp_path: Path) -> None:
         *("tiers.dram.high_water", "tiers.dram.low_water"),
         *("tiers.ssd.high_water", "tiers.ssd.low_water", "tiers.ssd.errors_max"),
         *("tiers.ssd.scrub_bytes_per_s", "tiers.ssd.scrub_every_s"),
+        *("tiers.ssd.group_commit_s", "tiers.ssd.group_commit_bytes_max"),
+        *("tiers.ssd.sync_every_s", "tiers.ssd.write_bytes_per_day_max"),
     }
     assert {n for n in configuration._KEYS if n.startswith("limits.")} <= live
 

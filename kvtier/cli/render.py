@@ -170,7 +170,7 @@ def _tiers(tiers: Iterable[Plain]) -> Table:
     table = _table("Tiers", "tier", right=())
     for name in ("capacity", "used", "", "blocks", "fragmentation", "in", "out", "in/s", "out/s"):
         table.add_column(name, justify="right")
-    for name in ("block hits", "errors"):
+    for name in ("written in 24 h", "block hits", "errors"):
         table.add_column(name, justify="right")
     table.add_column("state")
     for tier in tiers:
@@ -185,6 +185,7 @@ def _tiers(tiers: Iterable[Plain]) -> Table:
             format_bytes(tier["out_bytes"]),
             f"{tier['in_bytes_per_s'] / 1e9:.2f} GB/s",
             f"{tier['out_bytes_per_s'] / 1e9:.2f} GB/s",
+            format_bytes(tier["written_day_bytes"]) if tier["written_day_bytes"] else "-",
             f"{tier['hit_blocks']:,}",
             f"{tier['error_count']:,}",
             Text(tier["state"], _STATE_STYLE.get(tier["state"], "")),

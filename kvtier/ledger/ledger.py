@@ -78,6 +78,8 @@ class Ledger:
         self.guaranteed_bytes: dict[tuple[str, TierId], int] = {}
         # Tiers that take no new copies now (failed, or switched off).
         self.closed_tiers: set[TierId] = set()
+        # Tiers that nothing is demoted to now: only who asks for durability writes there.
+        self.spent_tiers: set[TierId] = set()
         self._namespaces_max = namespaces_max
         self._placeholders_max = placeholders_max
         self._by_digest: dict[bytes, int] = {}

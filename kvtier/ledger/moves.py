@@ -136,12 +136,17 @@ class Moves:
         ledger.chains.trim(run, DISPLACED)
         return taken
 
-    def _next_below(self, tier: TierId, space: Namespace) -> TierId | None:
-        """The next tier down that takes copies of this size now; None = this is the last."""
+    def _next_below(
+        self, tier: TierId, space: Namespace, *, asked_for: bool = False
+    ) -> TierId | None:
+        """The next tier down that takes copies of this size now; None = this is the last. A spent
+        one only takes what was `asked_for`.
+        """
         ledger = self._ledger
         for lower in ledger.tiers:
             fits = space.slot_bytes[lower] <= ledger.plans[lower].size_bytes
-            if lower > tier and lower not in ledger.closed_tiers and fits:
+            takes = asked_for or lower not in ledger.spent_tiers
+            if lower > tier and lower not in ledger.closed_tiers and takes and fits:
                 return lower
         return None
 
@@ -302,7 +307,7 @@ class Moves:
         for run in runs:
             if self.is_full:
                 break
-            lower = self._next_below(top, run.space)
+            lower = self._next_below(top, run.space, asked_for=True)
             if not run.held[top] or run.condemned or lower is None:
                 continue
             place = -1

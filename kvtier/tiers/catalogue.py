@@ -90,6 +90,7 @@ class Catalogue:
         self._listed: Piece | None = None
         self._distrust = ""
         self.set_aside_count = 0
+        self.has_unsynced = False  # a transaction since the last sync began
 
     def distrust(self, reason: str) -> None:
         """The next `open` sets the file aside, whatever its pages look like."""
@@ -211,6 +212,7 @@ class Catalogue:
                     with self._env.begin(write=True, db=self._db) as transaction:
                         work(transaction)
                     reach("catalogue.committed")
+                    self.has_unsynced = True
                     return
                 except lmdb.MapFullError:
                     self._grow(self._map_bytes_max + beyond_bytes)
@@ -291,12 +293,7 @@ class Catalogue:
         items = list(records)
         if self._unsynced is not None:
             raise self._unsynced
-
-        def work(transaction: lmdb.Transaction[bytes]) -> None:
-            for key, value in items:
-                transaction.put(key, value)
-
-        self._transact(work)
+        self._transact(lambda txn: [txn.put(key, value) for key, value in items])
 
     def matching(self, records: Iterable[SlotRecord]) -> list[SlotRecord]:
         """Those whose slot still holds (or nobody says it does not hold) that very block."""
@@ -376,7 +373,7 @@ class Catalogue:
                 number = time.time_ns().to_bytes(8, "little")
                 self._transact(lambda txn: txn.put(_RENEWED, number, db=self._main))
                 self._doubtful = False
-            env = self._env
+            env, self.has_unsynced = self._env, False
             try:
                 reach("catalogue.sync")
                 if env is not None:

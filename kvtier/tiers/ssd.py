@@ -19,12 +19,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 from kvtier import native
-from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, SlotLabel, TierId
+from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SegmentPlan, SlotIO, TierId
 from kvtier.errors import BlockCorrupt, InvariantViolated, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord, TierCounts
@@ -34,7 +33,6 @@ from kvtier.tiers.dram import add_counts
 from kvtier.tiers.files import Files
 from kvtier.tiers.identity import Identity
 from kvtier.tiers.naming import Naming
-from kvtier.tiers.packing import pack_record
 from kvtier.tiers.records import Found
 from kvtier.tiers.recovery import newest_in_slabs, obey, open_slabs, read_catalogue
 from kvtier.tiers.slab import SLAB_RESERVED_BYTES, Slab, places, remove_strays
@@ -42,8 +40,10 @@ from kvtier.tiers.slots import SLOT_HEADER_BYTES, SlotStaging, attempt
 from kvtier.tiers.starts import StartLog
 from kvtier.tiers.state import choose_direct_io, prepare_directory, prove
 from kvtier.tiers.upkeep import Upkeep
+from kvtier.tiers.wear import Wear
 from kvtier.tiers.wipes import Wipes
-from kvtier.units import GIB, PAGE_BYTES, format_bytes
+from kvtier.tiers.writing import Writer
+from kvtier.units import GIB, PAGE_BYTES, align_up, format_bytes
 
 _MASK: Final = SLOTS_PER_SEGMENT_MAX - 1
 
@@ -99,6 +99,8 @@ class SsdTier:
         self._identity = Identity(self._files, directory / "identity")
         self.naming = Naming(self._files, directory, self._slabs, self.keyring)
         self._catalogue = Catalogue(self._files, directory, segment_count * segment_bytes)
+        self.wear = Wear(self._files, directory / "wear")
+        self.writer = Writer(self._slabs, self._staging, self._identity, self._catalogue)
         self._starts = StartLog(self._files, directory / "starts", on=record_crashes)
         self.upkeep = Upkeep(
             self._files, self._slabs, self._wipes, self._catalogue, slab,
@@ -119,6 +121,7 @@ class SsdTier:
         open_slabs(self._slabs, self._identity, self.naming.book)
         self._wipes.doubt()
         self.naming.unlock()
+        self.wear.load()
         reach("recover.opened")
         self._loaded = True
 
@@ -223,31 +226,12 @@ class SsdTier:
         )
         for item, checksum in zip(unsummed, checksums, strict=True):
             item.label.checksum = checksum
-        labels: list[SlotLabel] = []
-        segments = {item.slot >> SLOT_BITS for item in items}
-        failures = {segment: self._slabs[segment].sync_failures for segment in segments}
-        if items:
-            slabs = [self._slabs[item.slot >> SLOT_BITS] for item in items]
-            for item in items:
-                item.label.generation = self._identity.next_generation()
-            reach("write.begin")
-            labels = self._staging.write(items, *places(items, slabs))
-        reach("write.written")
-        for segment, before in failures.items():
-            written = [i for i in items if i.slot >> SLOT_BITS == segment and i.error is None]
-            attempt(written, partial(self._slabs[segment].sync, before))
-        reach("write.synced")
-        good = [item for item in items if item.error is None]
-        records = [
-            pack_record(item.slot, item.slot_bytes, label)
-            for item, label in zip(items, labels, strict=True)
-            if item.error is None
-        ]
-        attempt(good, partial(self._catalogue.put, records))
-        reach("write.listed")
+        self.writer.write(items)
         self._wipe_failed(items)
-        done = [item.label.size_bytes for item in good if item.error is None]
+        done = [item.label.size_bytes for item in items if item.error is None]
         counts = TierCounts(written_bytes=sum(done), written_slots=len(done))
+        # Also what failed afterwards was written.
+        self.wear.add(sum(align_up(i.label.size_bytes, PAGE_BYTES) + PAGE_BYTES for i in items))
         self._count(replace(counts, error_count=len(batch) - len(done)))
 
     def _wipe_failed(self, items: Sequence[SlotIO]) -> None:
@@ -368,6 +352,11 @@ class SsdTier:
         """All finished writes survive a power cut once this returns. Raises TierFailed."""
         self._catalogue.sync()
 
+    @property
+    def has_unsynced(self) -> bool:
+        """Whether something was listed or forgotten since the last sync."""
+        return self._catalogue.has_unsynced
+
     def probe(self) -> None:
         """A small file can be written, synced and read back, and a failed sync of the catalogue is
         made good. Worker thread. Raises TierFailed.
@@ -377,6 +366,7 @@ class SsdTier:
 
     def tend(self) -> None:
         """Once a minute. Worker thread. Raises TierFailed."""
+        self.wear.save()
         self._catalogue.tend()
 
     def counts(self) -> TierCounts:
@@ -398,6 +388,7 @@ class SsdTier:
     def close(self) -> None:
         """Syncs and leaves the clean marker. No batch may be under way. Idempotent."""
         try:
+            self.wear.save()
             self._catalogue.close()
         finally:
             self._starts.end()

@@ -24,7 +24,7 @@ class StatRequest(_message.Message):
     def __init__(self, namespaces_max: _Optional[int] = ...) -> None: ...
 
 class TierStat(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "payload_bytes", "block_count", "segment_count", "segments_used", "fragmentation", "in_bytes", "out_bytes", "in_bytes_per_s", "out_bytes_per_s", "hit_blocks", "error_count", "state", "detail")
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "payload_bytes", "block_count", "segment_count", "segments_used", "fragmentation", "in_bytes", "out_bytes", "in_bytes_per_s", "out_bytes_per_s", "hit_blocks", "error_count", "state", "detail", "written_day_bytes")
     TIER_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class TierStat(_message.Message):
     ERROR_COUNT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_DAY_BYTES_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     capacity_bytes: int
     used_bytes: int
@@ -57,7 +58,8 @@ class TierStat(_message.Message):
     error_count: int
     state: str
     detail: str
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., block_count: _Optional[int] = ..., segment_count: _Optional[int] = ..., segments_used: _Optional[int] = ..., fragmentation: _Optional[float] = ..., in_bytes: _Optional[int] = ..., out_bytes: _Optional[int] = ..., in_bytes_per_s: _Optional[float] = ..., out_bytes_per_s: _Optional[float] = ..., hit_blocks: _Optional[int] = ..., error_count: _Optional[int] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    written_day_bytes: int
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., block_count: _Optional[int] = ..., segment_count: _Optional[int] = ..., segments_used: _Optional[int] = ..., fragmentation: _Optional[float] = ..., in_bytes: _Optional[int] = ..., out_bytes: _Optional[int] = ..., in_bytes_per_s: _Optional[float] = ..., out_bytes_per_s: _Optional[float] = ..., hit_blocks: _Optional[int] = ..., error_count: _Optional[int] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., written_day_bytes: _Optional[int] = ...) -> None: ...
 
 class ReasonCount(_message.Message):
     __slots__ = ("reason", "count")
