@@ -26,7 +26,8 @@ from bench.machine import describe
 from bench.row import Row, table
 
 BENCHES: Final = (
-    "lookup", "lease", "load", "copy", "store", "ssd", "ledger", "rpc", "idle", "restart",
+    "lookup", "lease", "load", "copy", "store", "ssd", "durable", "ledger", "rpc",
+    "idle", "restart",
 )  # fmt: skip
 RESULTS: Final = Path(__file__).parent / "results"
 

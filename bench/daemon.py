@@ -38,6 +38,8 @@ class Setup:
     trust: str = "isolated"
     write_arena_bytes: int = 16 * MIB
     grace_s: float = 5.0
+    group_commit_s: float = 0.005
+    group_commit_bytes_max: int = 128 * MIB
 
     def toml(self, directory: Path) -> str:
         """The configuration file."""
@@ -56,6 +58,8 @@ class Setup:
             f"size_bytes = {self.ssd_bytes or GIB}",
             f"segment_bytes = {self.ssd_segment_bytes}",
             "min_free_bytes = 0",
+            f"group_commit_s = {self.group_commit_s}",
+            f"group_commit_bytes_max = {self.group_commit_bytes_max}",
             "[limits]",
             f"write_arena_bytes = {self.write_arena_bytes}",
             f"block_bytes_max = {block_bytes_max}",
