@@ -34,10 +34,17 @@ from kvtier.block import (
 from kvtier.config import Config
 from kvtier.durability import Durability
 from kvtier.erasing import Erasing
-from kvtier.errors import InvariantViolated, KvTierError, TierFailed
+from kvtier.errors import (
+    BlocksGone,
+    DaemonUnavailable,
+    InvariantViolated,
+    KvTierError,
+    TierFailed,
+)  # fmt: skip
 from kvtier.health import Health
 from kvtier.housekeeping import Housekeeping
 from kvtier.ledger.chain import Namespace
+from kvtier.ledger.claims import is_there
 from kvtier.ledger.filling import Filling
 from kvtier.ledger.holdings import Entry, Reservation
 from kvtier.ledger.ledger import Ledger
@@ -113,6 +120,7 @@ class Keeper:
             self._moved,
             after_batch=self.wake,
             before_write=self._register,
+            is_wanted=functools.partial(is_there, self.ledger),
             batches_max=config.batches_max,
         )
         self.recycling = Recycling(
@@ -404,13 +412,14 @@ class Keeper:
         elif move.route.target is self.ledger.top:
             # A copy that cannot be read is a miss from now on, whatever the reason; but a daemon
             # that is stopping reads nothing and loses nothing.
-            lost = any(not _is_stopping(error) for error in errors)
+            lost = any(not _was_not_tried(error) for error in errors)
             if lost:
                 self.tally.corrupt[damage_of(errors[0])] += 1
             self.moves.abort_move(move, source_corrupt=lost)
         else:
-            self.moves.abort_move(move, source_corrupt=False, written=not _is_stopping(errors[0]))
-            if not _is_stopping(errors[0]):
+            tried = not _was_not_tried(errors[0])
+            self.moves.abort_move(move, source_corrupt=False, written=tried)
+            if tried:
                 self.health.failed(errors[0])
 
     async def heal(self) -> str:
@@ -546,5 +555,5 @@ class Keeper:
         return problems
 
 
-def _is_stopping(error: KvTierError) -> bool:
-    return error.reason == "DAEMON_UNAVAILABLE"
+def _was_not_tried(error: KvTierError) -> bool:
+    return isinstance(error, DaemonUnavailable | BlocksGone)

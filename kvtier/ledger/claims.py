@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvtier.block import SLOT_BITS, SlotLabel, TierId
+from kvtier.block import SLOT_BITS, Move, SlotLabel, TierId
 from kvtier.ledger.chain import Namespace, Run
 from kvtier.ledger.ledger import Ledger
 
@@ -95,3 +95,16 @@ def lose(
         return None
     ledger.lose(space, key, tier)
     return space, key
+
+
+def is_there(ledger: Ledger, move: Move) -> bool:
+    """Whether the block that is to be moved still has, in these slots, the copy to be read."""
+    tier, label = move.route.source, move.labels[0]
+    space = ledger.spaces[move.namespace_id]
+    found = ledger.chains.find(space, label.key)
+    if found is None or found[0].condemned or space.epoch != label.epoch:
+        return False
+    run, place = found
+    return bool(
+        run.state[place] >> tier & 1 and tuple(run.slots_of(place, tier)) == move.source_slots
+    )

@@ -14,7 +14,7 @@ from array import array
 
 from kvtier.block import Move, Route, TierId
 from kvtier.ledger.chain import Namespace, Run
-from kvtier.ledger.claims import Claim
+from kvtier.ledger.claims import Claim, is_there
 from kvtier.ledger.ledger import DISPLACED, Ledger
 from kvtier.ledger.moves import Moves
 
@@ -55,12 +55,7 @@ def finish(ledger: Ledger, moves: Moves, move: Move) -> bool:
     tier, key = move.route.target, move.labels[0].key
     space = moves.end(move)
     found = ledger.chains.find(space, key)
-    wanted = (
-        found is not None
-        and space.epoch == move.labels[0].epoch
-        and found[0].state[found[1]] >> tier & 1
-        and tuple(found[0].slots_of(found[1], tier)) == move.source_slots
-    )
+    wanted = is_there(ledger, move)
     if found is None or not wanted:
         ledger.discard_target(tier, move.target_slots, move.labels, written=True)
     else:
@@ -70,7 +65,7 @@ def finish(ledger: Ledger, moves: Moves, move: Move) -> bool:
         checksums = array("Q", (label.checksum for label in move.labels))
         found[0].checksums[first : first + space.shards] = checksums
     ledger.end_holder(move.id)
-    return bool(wanted)
+    return wanted
 
 
 def drop(ledger: Ledger, claim: Claim, tier: TierId) -> bool:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from kvtier.block import Move, Route, SlotIO, TierId
-from kvtier.errors import DaemonUnavailable, KvTierError, TierFailed
+from kvtier.errors import BlocksGone, DaemonUnavailable, KvTierError, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import Tier
 from kvtier.units import MIB
@@ -61,7 +61,8 @@ class Mover:
 
     `report(move, errors)` is called on the loop, once a move: no errors = the target holds the
     bytes. `after_batch()` follows the reports of a batch.
-    `before_write(moves)` is called in the worker thread before bytes are written below.
+    `before_write(moves)` is called in the worker thread before bytes are written below. A move that
+    is not `is_wanted` when its turn comes is reported with BlocksGone, and nothing is written.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Mover:
         *,
         after_batch: Callable[[], None],
         before_write: Callable[[Sequence[Move]], None],
+        is_wanted: Callable[[Move], bool] = lambda _: True,
         batches_max: int = 2,
         batch_moves_max: int = 512,
         batch_bytes_max: int = 64 * MIB,
@@ -81,6 +83,7 @@ class Mover:
         self._report = report
         self._after_batch = after_batch
         self._before_write = before_write
+        self._is_wanted = is_wanted
         self._batches_max = batches_max
         self._batch_moves_max = batch_moves_max
         self._batch_bytes_max = batch_bytes_max
@@ -109,6 +112,8 @@ class Mover:
         queue = self._queues[route]
         while queue and self._running.get(route, 0) < self._batches_max:
             batch = self._next_batch(queue)
+            if not batch:
+                break
             if not self._running.get(route):
                 self._busy_since[route] = time.monotonic()
             self._running[route] = self._running.get(route, 0) + 1
@@ -130,9 +135,18 @@ class Mover:
         share = max(1, min(self._batch_moves_max, -(-len(queue) // self._batches_max)))
         while queue and len(batch) < share and size_bytes < self._batch_bytes_max:
             move = queue.popleft()
+            if not self._is_wanted(move):
+                self._pass_over(move)
+                continue
             size_bytes += len(move.labels) * move.source_slot_bytes
             batch.append(move)
         return batch
+
+    def _pass_over(self, move: Move) -> None:
+        self.counts[move.route].queued -= 1
+        self._report(move, [BlocksGone("the block went away before it was moved")])
+        # Whoever waits for its end must hear of it, though no batch ends.
+        asyncio.get_running_loop().call_soon(self._after_batch)
 
     def _ended(
         self,

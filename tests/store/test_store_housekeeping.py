@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stores import BLOCK_BYTES, Node, chain
+from stores import BLOCK_BYTES, Node, chain, reached
 
 from kvtier.block import SlotIO, TierId
 
@@ -95,6 +96,24 @@ async def test_a_block_that_is_on_the_ssd_is_never_written_again(start: Start) -
         await node.put(who, space, keys, durable=True)  # computed anew
     assert [count[key] for key in keys] == [1] * 8
     assert len(count) > 8
+
+
+async def test_what_was_cleared_while_it_waited_is_not_written(start: Start) -> None:
+    node = await start(dram_blocks=128)
+    who = node.attach()
+    space = node.space(who)
+    gate = node.ssd.hold("write")
+    for number in range(14):
+        await node.put(who, space, chain(f"a{number}", 8))
+    flush = asyncio.create_task(node.store.flush(20))
+    await reached(gate)
+    await node.until(lambda: len(node.moves.moves) >= 64)
+    await node.store.clear_namespace(who.session, space)
+    node.ssd.heal()
+    await flush
+    await node.quiet()
+    assert written(node) < 64, "of all that was planned only what was under way"
+    assert node.ledger.slots[TierId.SSD].used_bytes == 0
 
 
 async def test_what_was_demoted_is_synced_within_the_time_set(start: Start) -> None:

@@ -107,6 +107,28 @@ async def bench() -> AsyncIterator[Bench]:
     bench.pool.shutdown()
 
 
+async def test_what_is_not_wanted_when_its_turn_comes_is_not_written(bench: Bench) -> None:
+    gone: set[int] = set()
+    bench.mover._is_wanted = lambda move: move.id not in gone
+    bench.ssd.open.clear()
+    bench.mover.submit(moves(DOWN, 0, 1))
+    bench.mover.submit(moves(DOWN, 1, 1))  # two batches run: the rest waits
+    bench.mover.submit(moves(DOWN, 2, 8))
+    gone.update(range(2, 6))
+    bench.ssd.open.set()
+    await bench.until_idle()
+    bench.assert_once(range(10))
+    assert {n for n, errors in bench.reports if errors} == gone
+    assert all(errors[0].reason == "BLOCKS_GONE" for n, errors in bench.reports if n in gone)
+    assert sorted(bench.registered) == [0, 1, 6, 7, 8, 9]
+    gone.update(range(10, 14))
+    bench.mover.submit(moves(DOWN, 10, 4))  # nothing else runs: they end all the same
+    assert bench.mover.is_idle
+    before = bench.batch_ends
+    await asyncio.sleep(0)
+    assert bench.batch_ends > before, "nobody was told"
+
+
 async def test_batches_are_bounded(bench: Bench) -> None:
     bench.mover.submit(moves(DOWN, 0, 100))
     await bench.until_idle()
