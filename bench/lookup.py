@@ -1,4 +1,5 @@
-"""Looking up a 512-block prefix with a million blocks held; with a lease; while blocks demote.
+"""Looking up a 512-block prefix with a million blocks held; with a lease; while blocks demote, and
+while the SSD tier is scrubbed.
 
 In DRAM lie real blocks, but of 4 KiB, stored through the socket like any others. For the case of
 demotion the million lies on SSD (`synthetic.py`) while a second process stores 2 MiB blocks as fast
@@ -33,9 +34,10 @@ _PRESSURE_BATCH: Final = 32
 
 
 def run(*, quick: bool) -> list[Row]:
-    """p50 and p99 with both clients; then p99 under demotion."""
+    """p50 and p99 with both clients; then p99 under demotion and under a scrub."""
     held = 16 * CHAIN_BLOCKS if quick else 1 << 20
-    return [*_held_in_dram(held, quick), *_during_demotion(held, quick)]
+    rows = [*_held_in_dram(held, quick), *_during_demotion(held, quick)]
+    return [*rows, *_during_scrub(held // 8, quick)]
 
 
 def _held_in_dram(held: int, quick: bool) -> list[Row]:
@@ -207,6 +209,35 @@ def disturbed(text: str, times: list[int], quiet: Spread, *, quick: bool) -> lis
         Row.of(NAME, f"{text}, p50", busy.p50_us, "us", limit=quiet.p50_us),
         Row.of(NAME, f"{text}, longest", busy.max_us, "us", limit=quiet.max_us),
         *(Row.of(NAME, f"{text}, {name}", count, "calls") for name, count in histogram(times)),
+    ]
+
+
+def _during_scrub(held: int, quick: bool) -> list[Row]:
+    """Real blocks, which lie in memory and on SSD; the scrub as fast as it goes."""
+    setup = Setup(
+        dram_bytes=align_up(held * BLOCK_BYTES * 8 // 7, 64 * MIB),
+        ssd_bytes=align_up(held * 3 * BLOCK_BYTES, 64 * MIB),
+    )
+    with (
+        Daemon(setup) as daemon,
+        AdminClient(daemon.directory / "run" / "admin.sock", timeout_s=300) as admin,
+    ):
+        with daemon.client() as client:
+            store_chains(attached(client, block_bytes=BLOCK_BYTES), held)
+        admin.flush(240)
+        quiet = spread([uvloop.run(timed(daemon, _asked(held), 0.3 if quick else 3.0))])
+        admin.start_scrub(1 << 30)
+        start_s = time.monotonic()
+        times = uvloop.run(timed(daemon, _asked(held), 0.3 if quick else 4.0))
+        seconds = time.monotonic() - start_s
+        scrub = admin.scrub()
+        assert quick or scrub.state == "running", f"it ended meanwhile: {scrub}"
+        assert not scrub.damaged, scrub
+    text = f"aio client, lookup, {held} blocks on SSD"
+    return [
+        Row.of(NAME, f"{text}, before the scrub, p99", quiet.p99_us, "us"),
+        *disturbed(f"{text}, during a scrub", times, quiet, quick=quick),
+        Row.of(NAME, "scrub meanwhile", scrub.read_bytes / seconds / 1e9, "GB/s"),
     ]
 
 
