@@ -1,8 +1,8 @@
 """Mixed load for as long as asked: nothing grows, no byte is wrong, the books agree at the end.
 
-`CHAOS_SOAK_S` seconds (20 unless set; CI also soaks for 300; `python -m tests.chaos soak --seconds 43200` is
-twelve hours). Clients are told to go, or killed, and others come. The first third is warm-up;
-medians of the sixth after it and of the last sixth are compared.
+`CHAOS_SOAK_S` seconds (20 unless set; CI also soaks for 300; twelve hours:
+`python -m tests.chaos soak --seconds 43200`). Clients are told to go, or killed, and others come.
+The first third is warm-up; medians of the sixth after it and of the last sixth are compared.
 """
 
 from __future__ import annotations
