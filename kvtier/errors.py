@@ -82,6 +82,14 @@ class BlocksGone(KvTierError):
     retryable = True
 
 
+class EpochEnded(KvTierError):
+    """The namespace was cleared while the call worked on it: nothing was stored; store again."""
+
+    grpc_code = "ABORTED"
+    reason = "EPOCH_ENDED"
+    retryable = True
+
+
 class BlocksHeld(KvTierError):
     """Leased, so that they cannot be taken away now; the message says who. Nothing was changed."""
 

@@ -40,6 +40,7 @@ from kvtier.counts import BlockUse, NamespaceUse, StoreCounts
 from kvtier.errors import (
     BlocksGone,
     DaemonUnavailable,
+    EpochEnded,
     InvalidRequest,
     InvariantViolated,
     KvTierError,
@@ -592,6 +593,8 @@ class Store:
             )
         if reservation.epoch < space.purged_epoch:
             raise BlocksGone(f"namespace {space.id} was purged meanwhile: store again")
+        if reservation.epoch != space.epoch:
+            raise EpochEnded(f"namespace {space.id} was cleared meanwhile: store again")
         if filled.ready:
             self.keeper.tally.stored_blocks += len(filled.ready)
             self._tell_stored(space, entries, filled.ready)

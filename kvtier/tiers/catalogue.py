@@ -19,6 +19,7 @@ Does not: touch slabs, or know what is durable in them: callers write those firs
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import threading
@@ -39,7 +40,7 @@ from kvtier.tiers.evidence import set_aside
 from kvtier.tiers.files import Files
 from kvtier.tiers.packing import names
 from kvtier.tiers.page_checks import Damage
-from kvtier.tiers.pages import check_file
+from kvtier.tiers.pages import check_twice
 from kvtier.tiers.records import Piece
 from kvtier.tiers.shared import Shared
 from kvtier.units import GIB, KIB, MIB, format_bytes
@@ -130,12 +131,14 @@ class Catalogue:
         reach("rebuild.done")
 
     def _problem(self) -> str | None:
-        """Why the file cannot be trusted; read without mapping it."""
+        """Why the file cannot be trusted; read without mapping it. Raises TierFailed."""
         self._listed = None
         try:
-            found = check_file(self._path / "data.mdb")
+            found = check_twice(self._path / "data.mdb")
         except OSError as error:
-            return f"cannot be read: {error.strerror or error}"
+            if error.errno in (errno.EIO, errno.EISDIR):
+                return f"cannot be read: {error.strerror or error}"
+            raise TierFailed(f"{self._path}: {error.strerror or error}") from error
         if isinstance(found, Damage):
             return str(found)
         self._listed = found

@@ -13,6 +13,8 @@ Does not: open the catalogue, or read what the records say.
 from __future__ import annotations
 
 import ctypes
+import errno
+import logging
 import os
 from array import array
 from pathlib import Path
@@ -22,6 +24,7 @@ from kvtier import native
 from kvtier.tiers.page_checks import Checker, Damage, Damaged
 from kvtier.tiers.records import Piece
 
+logger = logging.getLogger(__name__)
 _READ_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -43,6 +46,15 @@ def check_file(path: Path) -> Piece | Damage:
         os.close(fd)
 
 
+def check_twice(path: Path) -> Piece | Damage:
+    """As `check_file`, again where the device failed once: that may pass, and is no damage."""
+    try:
+        return check_file(path)
+    except OSError as error:
+        logger.warning("%s: %s; tried again", path, error.strerror or error)
+        return check_file(path)
+
+
 def _read(fd: int, into: memoryview) -> None:
     with into:
         done = 0
@@ -50,7 +62,7 @@ def _read(fd: int, into: memoryview) -> None:
             with into[done : done + _READ_BYTES] as part:
                 count = os.preadv(fd, [part], done)
             if not count:
-                raise OSError(0, "the file became shorter")
+                raise OSError(errno.EIO, "the file became shorter")
             done += count
 
 
@@ -64,14 +76,14 @@ class _PagesStruct(ctypes.Structure):
 def _in_library(library: ctypes.CDLL, pages: _PagesStruct) -> Piece | Damage:
     if library.kvt_pages_check(ctypes.byref(pages)):
         if not pages.problem:
-            raise OSError(0, "no memory to check it")
+            raise OSError(errno.ENOMEM, "no memory to check it")
         return Damage(int(pages.problem), int(pages.page))
     entries, value_bytes = int(pages.entries), int(pages.value_bytes)
     sizes = 4 * entries, 4 * entries, value_bytes
     keys, lengths, values = (native.AlignedBuffer(size or 4) for size in sizes)
     into = [ctypes.c_void_p(memory.address) for memory in (keys, lengths, values)]
     if library.kvt_pages_list(ctypes.byref(pages), *into):
-        raise OSError(0, "no memory to list it")
+        raise OSError(errno.ENOMEM, "no memory to list it")
     return Piece(
         keys.view[: 4 * entries],
         lengths.view[: 4 * entries].cast("I"),

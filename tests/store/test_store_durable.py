@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from stores import Node, chain, reached
 
-from kvtier.errors import BlocksGone, TierFailed
+from kvtier.errors import BlocksGone, EpochEnded, TierFailed
 
 Start = Callable[..., Awaitable[Node]]
 
@@ -74,3 +74,28 @@ async def test_no_promise_when_the_sync_fails(node: Node) -> None:
     with pytest.raises(TierFailed):
         await node.store.make_durable(who.session, node.query(space, keys))
     assert await node.read(who, space, keys) == 2
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("when", ["reserved", "copying"])
+async def test_a_commit_that_a_clear_overtook_is_told(node: Node, when: str, durable: bool) -> None:
+    who = node.attach()
+    space = node.space(who)
+    keys = chain("a", 4)
+    grant = await node.reserve(who, space, keys)
+    node.fill(who, grant, keys)
+    gate = node.dram.hold("write") if when == "copying" else None
+    if gate is None:
+        await node.store.clear_namespace(who.session, space)
+    commit = asyncio.create_task(
+        node.store.commit(who.session, grant.reservation_id, None, durable=durable)
+    )
+    if gate is not None:
+        await reached(gate)
+        await node.store.clear_namespace(who.session, space)
+        node.dram.heal()
+    with pytest.raises(EpochEnded, match="cleared meanwhile: store again"):
+        await commit
+    assert node.found(who, space, keys) == 0
+    await node.put(who, space, keys, durable=durable)
+    assert await node.read(who, space, keys) == 4

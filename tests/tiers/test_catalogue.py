@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +68,7 @@ def test_damage_that_lmdb_finds_while_it_reads_is_set_aside_in_the_same_start(
 ) -> None:
     filled(tmp_path).close()
     # A check that sees nothing, and lists nothing.
-    monkeypatch.setattr("kvtier.tiers.catalogue.check_file", lambda _: None)
+    monkeypatch.setattr("kvtier.tiers.catalogue.check_twice", lambda _: None)
     data = tmp_path / "catalogue" / "data.mdb"
     content = bytearray(data.read_bytes())
     # Page numbers within pages: LMDB compares flags of what it follows, and says so.
@@ -141,6 +143,46 @@ def test_what_is_not_the_files_fault_is_not_set_aside(
     assert not list(tmp_path.glob("catalogue.damaged-*"))
     catalogue = opened(tmp_path)
     assert slots_of(catalogue) == [0, 1, 2, 3, 4]
+    catalogue.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "expected"),
+    [
+        (errno.EIO, 1, "there"),
+        (errno.EIO, 2, "set aside"),
+        (errno.ENOMEM, 1, "there"),
+        (errno.ENOMEM, 2, "tried again later"),
+        (errno.EACCES, 2, "tried again later"),
+    ],
+)
+def test_a_failure_of_reading_that_passes_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, times: int, expected: str
+) -> None:
+    catalogue = opened(tmp_path)
+    catalogue.put(records(range(5)))
+    catalogue.close()
+    read, left = os.preadv, [times]
+
+    def failing(*arguments: Any) -> int:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return read(*arguments)
+
+    catalogue = Catalogue(Files(), tmp_path, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", failing)
+        if expected == "tried again later":
+            with pytest.raises(TierFailed, match=os.strerror(number)):
+                catalogue.open()
+        else:
+            assert catalogue.open() is (expected == "there")
+    assert not left[0]
+    assert bool(list(tmp_path.glob("catalogue.damaged-*"))) is (expected == "set aside")
+    if expected == "tried again later":
+        assert catalogue.open()
+    assert slots_of(catalogue) == ([] if expected == "set aside" else [0, 1, 2, 3, 4])
     catalogue.close()
 
 
