@@ -176,19 +176,27 @@ class Recovering:
         )
 
     async def _find(self, ssd: SsdTier) -> Found:
+        return await self._apart(functools.partial(ssd.find, stopping=lambda: self._stopping))
+
+    async def _apart(self, work: Callable[[], T]) -> T:
         """In a thread of its own that runs when nobody else wants the core."""
-        find = functools.partial(ssd.find, stopping=lambda: self._stopping)
         with ThreadPoolExecutor(1, "kvtier-recover", initializer=_be_nice) as pool:
-            return await asyncio.get_running_loop().run_in_executor(pool, find)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def _forget(self, ssd: SsdTier, found: Found) -> bool:
         """Whether what did not come back can never come back: else, once what is newer is evicted,
         an older copy of the same block would at the next start.
         """
         try:
-            await self._in_thread(functools.partial(ssd.forget, found.dropped, found.stale))
+            await self._apart(
+                functools.partial(
+                    ssd.forget, found.dropped, found.stale, stopping=lambda: self._stopping
+                )
+            )
         except TierFailed as error:
             self._fail(error)
+            return False
+        except DaemonUnavailable:
             return False
         return True
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from functools import lru_cache
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX
 
@@ -36,14 +35,3 @@ def _consecutive(slots: array[int], start: int, count: int) -> int:
     while end < limit and slots[end] == first + end - start:
         end += 1
     return end
-
-
-@lru_cache(maxsize=512)
-def segments_of(slots: bytes) -> frozenset[int]:
-    """Segments that these packed little-endian u32 slot numbers lie in. Kept for the last tables:
-    the workers of one engine, and the turns of one conversation, ask for the same ones.
-    """
-    halves = array("H")
-    halves.frombytes(slots)
-    # The upper half of each u32 comes second; its upper 12 bits are the segment.
-    return frozenset(half >> 4 for half in set(halves[1::2]))

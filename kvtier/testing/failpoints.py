@@ -70,6 +70,7 @@ POINTS: Final = {
     "recover.catalogue": "the catalogue is open and believed",
     "recover.records": "its records were read",
     "recover.cleaned": "those that do not count are gone",
+    "recover.swept": "headers that no record names are gone, durably",
     "recover.restored": "the books have them",
     "aside.begin": "the catalogue is damaged and about to be set aside",
     "aside.done": "it has its dated name",

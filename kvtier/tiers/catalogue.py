@@ -92,6 +92,7 @@ class Catalogue:
         self._distrust = ""
         self.set_aside_count = 0
         self.has_unsynced = False  # a transaction since the last sync began
+        self.lists_all = False  # no slot can have a sound header that `open` found no record of
 
     def distrust(self, reason: str) -> None:
         """The next `open` sets the file aside, whatever its pages look like."""
@@ -114,6 +115,7 @@ class Catalogue:
         reach("recover.catalogue")
         if not found:
             self._listed = None
+            self.lists_all = True  # once it was made anew
         return found
 
     def _open_env(self) -> bool:
@@ -184,6 +186,7 @@ class Catalogue:
     def _forget_clean(self) -> None:
         """From here until `close` an end of the process is an unclean one."""
         try:
+            self.lists_all = self._clean.exists()
             self._files.unlink(self._clean)
             self._files.sync_directory(self._clean.parent)
             reach("recover.unclean")
@@ -396,8 +399,10 @@ class Catalogue:
                 self._env.close()
                 self._env = None
 
-    def close(self) -> None:
-        """Syncs, closes and, when all that went well, leaves the clean marker. Idempotent."""
+    def close(self, *, clean: bool = True) -> None:
+        """Syncs, closes and, when all that went well, leaves the clean marker (if it is `clean`: no
+        slot has a sound header without a record). Idempotent.
+        """
         if self._env is None:
             return
         try:
@@ -406,6 +411,7 @@ class Catalogue:
             self.abandon()
         reach("catalogue.closed")
         try:
-            self._files.replace(self._clean, b"")
+            if clean:
+                self._files.replace(self._clean, b"")
         except OSError as error:
             raise TierFailed(f"{self._clean}: {error.strerror}") from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,7 +18,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import Final, TypeVar
 
-from kvtier.block import NamespaceSpec, SegmentPlan
+from kvtier.block import SLOT_BITS, NamespaceSpec, SegmentPlan
 from kvtier.errors import DaemonUnavailable, KvTierError, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.arrange import arrange
@@ -34,6 +36,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _SCAN_THREADS: Final = 8
 _PIECE_RECORDS: Final = 512
+_STRAY_SLOTS: Final = 64  # headers of one read
 _PUT_RECORDS: Final = 1024  # of one transaction
 
 
@@ -155,6 +158,28 @@ def _rebuild(catalogue: Catalogue, slabs: Sequence[Slab], stopping: Callable[[],
 def newest_in_slabs(slabs: Sequence[Slab], stopping: Callable[[], bool]) -> int:
     """The highest generation in any slot's header, listed or not. Reads all headers."""
     return max(_in_slabs(slabs, lambda slab: slab.newest(stopping)), default=0)
+
+
+def strays_in_slabs(
+    slabs: Sequence[Slab], listed: array[int], stopping: Callable[[], bool]
+) -> list[int]:
+    """Slots with a header that a rebuild would believe, beside those listed (in ascending order).
+    Reads the headers of all other slots. Raises DaemonUnavailable: `stopping` said so.
+    """
+
+    def work(slab: Slab) -> list[int]:
+        base = slab.index << SLOT_BITS
+        first, end = bisect_left(listed, base), bisect_left(listed, base + (1 << SLOT_BITS))
+        known = {slot - base for slot in listed[first:end]}
+        unknown = [index for index in range(slab.slot_count) if index not in known]
+        found: list[int] = []
+        for at in range(0, len(unknown), _STRAY_SLOTS):
+            _go_on(stopping)
+            found += [record.slot for record in slab.here(unknown[at : at + _STRAY_SLOTS])]
+            time.sleep(0)
+        return found
+
+    return [slot for found in _in_slabs(slabs, work) for slot in found]
 
 
 def _in_slabs(slabs: Sequence[Slab], work: Callable[[Slab], T]) -> Iterator[T]:

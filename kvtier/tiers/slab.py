@@ -258,11 +258,18 @@ class Slab:
         except OSError as error:
             raise self.failed(error) from error
 
+    @property
+    def slot_count(self) -> int:
+        """How many slots it is cut into; 0: none."""
+        if self.slot_bytes < 2 * PAGE_BYTES:
+            return 0
+        return (self.size_bytes - SLAB_RESERVED_BYTES) // self.slot_bytes
+
     def here(self, indexes: Sequence[int]) -> list[SlotRecord]:
         """What the headers of these slots say that a rebuild would believe. At most 256."""
         assert len(indexes) <= _SCAN_SLOTS
 
-        if self.fd < 0 or self.slot_bytes < 2 * PAGE_BYTES:
+        if self.fd < 0 or not self.slot_count:
             return []
         with native.AlignedBuffer(_SCAN_SLOTS * SLOT_HEADER_BYTES) as pages:
             found = self._sound(indexes, pages)
@@ -285,9 +292,7 @@ class Slab:
 
     def _headers(self, stopping: Callable[[], bool]) -> Iterator[tuple[int, SlotRecord]]:
         """The sound headers, with the index of the slot they lie in."""
-        if self.slot_bytes < 2 * PAGE_BYTES:
-            return
-        count = (self.size_bytes - SLAB_RESERVED_BYTES) // self.slot_bytes
+        count = self.slot_count
         with native.AlignedBuffer(_SCAN_SLOTS * SLOT_HEADER_BYTES) as pages:
             for first in range(0, count, _SCAN_SLOTS):
                 if stopping():

@@ -126,7 +126,7 @@ class SsdTier:
         self._loaded = True
 
     def recover(self) -> Found:
-        """`load`, `find` and `forget`. Worker thread. Raises TierFailed."""
+        """`load`, `find` and `forget`. Worker thread. Raises as they do."""
         found = self.find()
         self.forget(found.dropped, found.stale)
         return found
@@ -149,6 +149,7 @@ class SsdTier:
         except TierFailed:
             self._catalogue.abandon()
             raise
+        self.upkeep.expect(found.pieces, all_listed=self._catalogue.lists_all)
         set_aside, self._catalogue.set_aside_count = self._catalogue.set_aside_count, 0
         self._count(TierCounts(corrupt_count=found.damaged_count + set_aside))
         newest = max([found.generation_max, *(slab.cut_generation for slab in self._slabs)])
@@ -159,12 +160,20 @@ class SsdTier:
         self._starts.recovered()
         return found
 
-    def forget(self, dropped: Sequence[int], stale: Sequence[int]) -> None:
-        """No record of these slots any longer, and of the stale ones no header: neither evicts nor
-        a rebuild can bring them back. After `find`, before any write. Raises TierFailed.
+    def forget(
+        self,
+        dropped: Sequence[int],
+        stale: Sequence[int],
+        *,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """No record of these slots any longer, and no header of the stale ones, nor of what a kill
+        left unlisted: neither evicts nor a rebuild can bring them back. After `find`, before any
+        write. Raises TierFailed, or DaemonUnavailable: `stopping` said so.
         """
         self.upkeep.forget(stale, wipe=True)
         self.upkeep.forget(dropped, wipe=False)
+        self.upkeep.sweep(stopping)
         reach("recover.cleaned")
 
     # --- namespaces
@@ -237,6 +246,7 @@ class SsdTier:
     def _wipe_failed(self, items: Sequence[SlotIO]) -> None:
         """What is not listed must not be found by a rebuild: it may be evicted by then."""
         failed = [item for item in items if item.error is not None]
+        self.upkeep.has_strays |= bool(failed)
         # The slot is not in use; where even this fails, it is as if we had been killed here.
         with contextlib.suppress(TierFailed):
             self._wipes.wipe(failed)
@@ -389,7 +399,7 @@ class SsdTier:
         """Syncs and leaves the clean marker. No batch may be under way. Idempotent."""
         try:
             self.wear.save()
-            self._catalogue.close()
+            self._catalogue.close(clean=not self.upkeep.has_strays)
         finally:
             self._starts.end()
             for slab in self._slabs:

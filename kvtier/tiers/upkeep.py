@@ -1,13 +1,14 @@
 """Upkeep: what is done to the slabs of a tier beside reading and writing blocks.
 
-Headers of slots that nobody claims are looked at (scrub), and slabs are added or taken away while
-the tier serves (resize).
+Headers of slots that nobody claims are looked at (scrub; after a kill, all at once), and slabs are
+added or taken away while the tier serves (resize).
 
 Does not: know which slots are claimed; callers see to it that nobody uses what goes.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotLabel
@@ -16,6 +17,8 @@ from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.catalogue import Catalogue
 from kvtier.tiers.files import Files
+from kvtier.tiers.records import Piece
+from kvtier.tiers.recovery import strays_in_slabs
 from kvtier.tiers.slab import Slab
 from kvtier.tiers.wipes import Wipes
 from kvtier.units import format_bytes
@@ -45,6 +48,9 @@ class Upkeep:
         self._catalogue = catalogue
         self._make_slab = make_slab
         self._min_free_bytes = min_free_bytes
+        #: Whether a slot that no record names may have a header that a rebuild would believe.
+        self.has_strays = True
+        self._listed = array("I")
 
     def slot_bytes(self, segment: int) -> int:
         """What its file is cut into; 0 when there is no file, or none that was cut. Any thread."""
@@ -70,6 +76,25 @@ class Upkeep:
                     [SlotRecord(*place, _NOBODY) for place in zip(part, cuts, strict=True)]
                 )
             self._catalogue.delete(part)
+
+    def expect(self, pieces: Sequence[Piece], *, all_listed: bool) -> None:
+        """These records are there; `all_listed`: what they do not name has no sound header."""
+        self.has_strays = not all_listed
+        self._listed = array("I")
+        for piece in pieces if self.has_strays else ():
+            self._listed.frombytes(piece.keys)
+
+    def sweep(self, stopping: Callable[[], bool]) -> None:
+        """What a kill left written but not listed is wiped, durably: listed nowhere, it would miss
+        an evict of its block, and come back by a rebuild. Before any write. Raises TierFailed, or
+        DaemonUnavailable: `stopping` said so.
+        """
+        if self.has_strays:
+            self.forget(strays_in_slabs(self._slabs, self._listed, stopping), wipe=True)
+            self._wipes.sync()
+            self.has_strays = False
+        self._listed = array("I")
+        reach("recover.swept")
 
     def missing_bytes(self, segment_count: int) -> int:
         """How much more the file system must give before that many segments have their files."""
