@@ -102,7 +102,6 @@ class Purging:
             try:
                 await self._wait_for_leases(space, sessions, until_s)
                 count = self._ledger.clear(space)
-                space.purged_epoch = space.epoch
                 self._filling.clear(space)
                 self._cleared(space)
                 reach("purge.begin")

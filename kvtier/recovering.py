@@ -162,10 +162,10 @@ class Recovering:
         if not await self._adopt(ssd, found):
             return
         reach("recover.restored")
-        await self._in_thread(found.let_go)
         while not await self._forget(ssd, found):
             if not await self._wait_to_retry():
                 return
+        await self._in_thread(found.let_go)
         self._tally.recovery_s = self._clock.monotonic_s() - started_s
         self._ledger.closed_tiers.discard(TierId.SSD)
         self._change(SERVING)
@@ -188,11 +188,8 @@ class Recovering:
         an older copy of the same block would at the next start.
         """
         try:
-            await self._apart(
-                functools.partial(
-                    ssd.forget, found.dropped, found.stale, stopping=lambda: self._stopping
-                )
-            )
+            forget = functools.partial(ssd.forget, found, stopping=lambda: self._stopping)
+            await self._apart(forget)
         except TierFailed as error:
             self._fail(error)
             return False

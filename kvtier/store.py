@@ -49,11 +49,11 @@ from kvtier.errors import (
     PermissionDenied,
     ReservationExpired,
     TierFull,
-)
+)  # fmt: skip
 from kvtier.keeper import Keeper
 from kvtier.ledger.chain import Namespace
 from kvtier.ledger.filling import RESERVE_KEYS_MAX
-from kvtier.ledger.holdings import Entry, Lease, Reservation
+from kvtier.ledger.holdings import Entry, Lease, Reservation, stretches
 from kvtier.ledger.search import Span, cut_spans, segments_of
 from kvtier.purging import Purged
 from kvtier.session import Session
@@ -591,19 +591,18 @@ class Store:
                 f"reservation {reservation.id} ended while its bytes were copied: nothing was "
                 "stored; reserve again"
             )
-        if reservation.epoch < space.purged_epoch:
-            raise BlocksGone(f"namespace {space.id} was purged meanwhile: store again")
         if reservation.epoch != space.epoch:
             raise EpochEnded(f"namespace {space.id} was cleared meanwhile: store again")
         if filled.ready:
             self.keeper.tally.stored_blocks += len(filled.ready)
-            self._tell_stored(space, entries, filled.ready)
+            for parent, keys in stretches(entries, filled.ready):
+                self.keeper.tell(EventKind.STORED, space, keys=keys, parent=parent)
         self.keeper.tally.written_bytes += len(entries) * space.shard_bytes
         self.keeper.wake()
         reach("commit.ready")
         if durable:
-            keys = [entry.key for entry in entries]
-            await self.keeper.durability.make_durable(space, keys, expected=filled.ready)
+            every = [entry.key for entry in entries]
+            await self.keeper.durability.make_durable(space, every, expected=filled.ready)
         return CommitResult(len(filled.ready), filled.duplicate_count, filled.partial_count)
 
     async def make_durable(self, session: Session, query: GroupQuery) -> None:
@@ -615,17 +614,6 @@ class Store:
         """
         space = self._space(session, query.namespace_id)
         await self.keeper.durability.make_durable(space, keys := query.keys.split(), expected=keys)
-
-    def _tell_stored(self, space: Namespace, entries: list[Entry], ready: list[bytes]) -> None:
-        """One event for each stretch: the keys of an event follow one another in a chain."""
-        parent_of = {entry.key: entry.parent for entry in entries}
-        start = 0
-        for end in range(1, len(ready) + 1):
-            if end == len(ready) or parent_of[ready[end]] != ready[end - 1]:
-                self.keeper.tell(
-                    EventKind.STORED, space, keys=ready[start:end], parent=parent_of[ready[start]]
-                )
-                start = end
 
     async def _copy_in(
         self, session: Session, reservation: Reservation, entries: list[Entry]

@@ -135,7 +135,6 @@ class Namespace:
         self.bypassed = False
         self.locked = ""  # why its blocks cannot be read: every lookup misses, nothing is lost
         self.purging = False
-        self.purged_epoch = 0  # what was reserved before it is to fail
         self.max_age_s = 0.0  # 0: they grow as old as they may; else slots are wiped when freed
         self.prefill_tokens_per_s = 0.0
         # Two halves: the older is dropped whole. Deleting the first key of a dict again and again

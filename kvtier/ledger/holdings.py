@@ -7,6 +7,7 @@ Does not: decide. `ledger.py` is the only writer.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.block import Keys, Reason, SlotLabel, TierId
@@ -55,6 +56,20 @@ class Entry:
     slot: int
     partial: Partial | None = None  # of formats with several shards: the block this is a part of
     state: int = OPEN  # OPEN -> TAKEN (bytes being copied) -> COMMITTED or given back
+
+
+def stretches(
+    entries: Sequence[Entry], ready: Sequence[bytes]
+) -> Iterator[tuple[bytes, Sequence[bytes]]]:
+    """`ready` (keys of entries, in their order) cut where a key does not follow the one before in
+    the chain: the parent of each part's first block, and its keys.
+    """
+    parent_of = {entry.key: entry.parent for entry in entries}
+    start = 0
+    for end in range(1, len(ready) + 1):
+        if end == len(ready) or parent_of[ready[end]] != ready[end - 1]:
+            yield parent_of[ready[start]], ready[start:end]
+            start = end
 
 
 @dataclass(slots=True, eq=False)

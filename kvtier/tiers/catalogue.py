@@ -36,6 +36,7 @@ from kvtier.block import SLOT_BITS
 from kvtier.errors import TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.clean import CleanMarker
 from kvtier.tiers.evidence import set_aside
 from kvtier.tiers.files import Files
 from kvtier.tiers.packing import names
@@ -75,7 +76,7 @@ class Catalogue:
     def __init__(self, files: Files, directory: Path, capacity_bytes: int) -> None:
         self._files = files
         self._path = directory / "catalogue"
-        self._clean = directory / "clean"
+        self._clean = CleanMarker(files, directory)
         wanted = capacity_bytes // _BLOCK_BYTES_GUESS * _RECORD_BYTES_GUESS
         self._map_bytes = min(max(wanted, _MAP_BYTES_MIN), _MAP_BYTES_MAX)
         self._map_bytes_max = _MAP_BYTES_MAX
@@ -104,7 +105,8 @@ class Catalogue:
         # Also after a clean end: what rots, rots in silence, and a torn page kills the process.
         problem = self._distrust or (self._problem() if exists else None)
         self._distrust = ""
-        self._forget_clean()
+        # From here until `close` an end of the process is an unclean one.
+        self.lists_all = self._clean.take()
         try:
             if exists and problem:
                 raise CatalogueDamaged(problem)
@@ -182,16 +184,6 @@ class Catalogue:
             self._path, problem, target.name,
         )  # fmt: skip
         self.set_aside_count += 1
-
-    def _forget_clean(self) -> None:
-        """From here until `close` an end of the process is an unclean one."""
-        try:
-            self.lists_all = self._clean.exists()
-            self._files.unlink(self._clean)
-            self._files.sync_directory(self._clean.parent)
-            reach("recover.unclean")
-        except OSError as error:
-            raise TierFailed(f"{self._clean}: {error.strerror}") from error
 
     def _transact(self, work: Work, *, beyond_bytes: int = 0) -> None:
         """`work` in one committed transaction, with a larger map if it needs one (`beyond_bytes`
@@ -410,8 +402,5 @@ class Catalogue:
         finally:
             self.abandon()
         reach("catalogue.closed")
-        try:
-            if clean:
-                self._files.replace(self._clean, b"")
-        except OSError as error:
-            raise TierFailed(f"{self._clean}: {error.strerror}") from error
+        if clean:
+            self._clean.leave()

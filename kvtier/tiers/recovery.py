@@ -11,7 +11,7 @@ import logging
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import starmap
@@ -22,6 +22,7 @@ from kvtier.block import SLOT_BITS, NamespaceSpec, SegmentPlan
 from kvtier.errors import DaemonUnavailable, KvTierError, TierFailed
 from kvtier.testing.failpoints import reach
 from kvtier.tiers.arrange import arrange
+from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.catalogue import Catalogue, CatalogueDamaged
 from kvtier.tiers.evidence import set_aside
 from kvtier.tiers.files import Files
@@ -160,26 +161,34 @@ def newest_in_slabs(slabs: Sequence[Slab], stopping: Callable[[], bool]) -> int:
     return max(_in_slabs(slabs, lambda slab: slab.newest(stopping)), default=0)
 
 
-def strays_in_slabs(
-    slabs: Sequence[Slab], listed: array[int], stopping: Callable[[], bool]
-) -> list[int]:
-    """Slots with a header that a rebuild would believe, beside those listed (in ascending order).
-    Reads the headers of all other slots. Raises DaemonUnavailable: `stopping` said so.
+def strays_in_slabs(slabs: Sequence[Slab], found: Found, stopping: Callable[[], bool]) -> list[int]:
+    """Slots whose header a rebuild would believe though no record names them, or none that is left.
+    Reads the headers of all slots but those that count. Raises DaemonUnavailable: `stopping` said
+    so.
     """
+    listed, dropped = array("I"), frozenset(found.dropped)
+    for piece in found.pieces:
+        listed.frombytes(piece.keys)  # in ascending order, as the catalogue has them
 
     def work(slab: Slab) -> list[int]:
         base = slab.index << SLOT_BITS
         first, end = bisect_left(listed, base), bisect_left(listed, base + (1 << SLOT_BITS))
-        known = {slot - base for slot in listed[first:end]}
-        unknown = [index for index in range(slab.slot_count) if index not in known]
-        found: list[int] = []
-        for at in range(0, len(unknown), _STRAY_SLOTS):
+        known = {slot - base for slot in listed[first:end] if slot not in dropped}
+        others = [index for index in range(slab.slot_count) if index not in known]
+        strays: list[int] = []
+        for at in range(0, len(others), _STRAY_SLOTS):
             _go_on(stopping)
-            found += [record.slot for record in slab.here(unknown[at : at + _STRAY_SLOTS])]
+            headers = slab.here(others[at : at + _STRAY_SLOTS])
+            strays += [record.slot for record in headers if not _is_cleared(record, found.shapes)]
             time.sleep(0)
-        return found
+        return strays
 
-    return [slot for found in _in_slabs(slabs, work) for slot in found]
+    return [slot for strays in _in_slabs(slabs, work) for slot in strays]
+
+
+def _is_cleared(record: SlotRecord, shapes: Mapping[bytes, Shape]) -> bool:
+    shape = shapes.get(record.label.namespace)
+    return shape is not None and record.label.epoch < shape.epoch
 
 
 def _in_slabs(slabs: Sequence[Slab], work: Callable[[Slab], T]) -> Iterator[T]:

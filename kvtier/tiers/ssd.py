@@ -128,7 +128,7 @@ class SsdTier:
     def recover(self) -> Found:
         """`load`, `find` and `forget`. Worker thread. Raises as they do."""
         found = self.find()
-        self.forget(found.dropped, found.stale)
+        self.forget(found)
         return found
 
     def find(self, *, stopping: Callable[[], bool] = lambda: False) -> Found:
@@ -149,7 +149,7 @@ class SsdTier:
         except TierFailed:
             self._catalogue.abandon()
             raise
-        self.upkeep.expect(found.pieces, all_listed=self._catalogue.lists_all)
+        self.upkeep.has_strays = bool(found.damaged_count) or not self._catalogue.lists_all
         set_aside, self._catalogue.set_aside_count = self._catalogue.set_aside_count, 0
         self._count(TierCounts(corrupt_count=found.damaged_count + set_aside))
         newest = max([found.generation_max, *(slab.cut_generation for slab in self._slabs)])
@@ -160,20 +160,14 @@ class SsdTier:
         self._starts.recovered()
         return found
 
-    def forget(
-        self,
-        dropped: Sequence[int],
-        stale: Sequence[int],
-        *,
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """No record of these slots any longer, and no header of the stale ones, nor of what a kill
-        left unlisted: neither evicts nor a rebuild can bring them back. After `find`, before any
-        write. Raises TierFailed, or DaemonUnavailable: `stopping` said so.
+    def forget(self, found: Found, *, stopping: Callable[[], bool] = lambda: False) -> None:
+        """No record any longer of what `find` left out, and no header of the stale ones, nor of
+        what a kill left unlisted: neither evicts nor a rebuild can bring them back. After `find`,
+        before any write. Raises TierFailed, or DaemonUnavailable: `stopping` said so.
         """
-        self.upkeep.forget(stale, wipe=True)
-        self.upkeep.forget(dropped, wipe=False)
-        self.upkeep.sweep(stopping)
+        self.upkeep.forget(found.stale, wipe=True)
+        self.upkeep.forget(found.dropped, wipe=False)
+        self.upkeep.sweep(found, stopping)
         reach("recover.cleaned")
 
     # --- namespaces

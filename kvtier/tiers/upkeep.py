@@ -8,7 +8,6 @@ Does not: know which slots are claimed; callers see to it that nobody uses what 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 
 from kvtier.block import SLOT_BITS, SLOTS_PER_SEGMENT_MAX, SlotLabel
@@ -17,7 +16,7 @@ from kvtier.testing.failpoints import reach
 from kvtier.tiers.base import SlotRecord
 from kvtier.tiers.catalogue import Catalogue
 from kvtier.tiers.files import Files
-from kvtier.tiers.records import Piece
+from kvtier.tiers.records import Found
 from kvtier.tiers.recovery import strays_in_slabs
 from kvtier.tiers.slab import Slab
 from kvtier.tiers.wipes import Wipes
@@ -50,7 +49,6 @@ class Upkeep:
         self._min_free_bytes = min_free_bytes
         #: Whether a slot that no record names may have a header that a rebuild would believe.
         self.has_strays = True
-        self._listed = array("I")
 
     def slot_bytes(self, segment: int) -> int:
         """What its file is cut into; 0 when there is no file, or none that was cut. Any thread."""
@@ -77,23 +75,16 @@ class Upkeep:
                 )
             self._catalogue.delete(part)
 
-    def expect(self, pieces: Sequence[Piece], *, all_listed: bool) -> None:
-        """These records are there; `all_listed`: what they do not name has no sound header."""
-        self.has_strays = not all_listed
-        self._listed = array("I")
-        for piece in pieces if self.has_strays else ():
-            self._listed.frombytes(piece.keys)
-
-    def sweep(self, stopping: Callable[[], bool]) -> None:
+    def sweep(self, found: Found, stopping: Callable[[], bool]) -> None:
         """What a kill left written but not listed is wiped, durably: listed nowhere, it would miss
-        an evict of its block, and come back by a rebuild. Before any write. Raises TierFailed, or
-        DaemonUnavailable: `stopping` said so.
+        an evict of its block, and come back by a rebuild. So would what a damaged record named.
+        `found` is all that is listed, before any write. Raises TierFailed, or DaemonUnavailable:
+        `stopping` said so.
         """
         if self.has_strays:
-            self.forget(strays_in_slabs(self._slabs, self._listed, stopping), wipe=True)
+            self.forget(strays_in_slabs(self._slabs, found, stopping), wipe=True)
             self._wipes.sync()
             self.has_strays = False
-        self._listed = array("I")
         reach("recover.swept")
 
     def missing_bytes(self, segment_count: int) -> int:

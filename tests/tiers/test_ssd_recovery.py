@@ -40,6 +40,7 @@ class Life:
         self.listed = list(self.tier.recover())
         self.found = {int.from_bytes(r.label.key[:2], "big"): r for r in self.listed}
         assert len(self.found) == len(self.listed), "a block came back twice"
+        self.items: list[SlotIO] = []  # those written last
         self.tier.check()
 
     def put(
@@ -49,7 +50,8 @@ class Life:
         """Writes blocks, a chain, in the slots from number `first` (their names) on."""
         spec = SPECS[space]
         self.tier.register_namespace(spec.digest, spec.to_json(), epoch)
-        items, above = [], b"" if parent is None else key_of(parent)
+        self.items = items = []
+        above = b"" if parent is None else key_of(parent)
         with AlignedBuffer(len(names) * SIZE) as memory:
             for at, name in enumerate(names):
                 memory.view[at * SIZE : (at + 1) * SIZE] = content(name)
@@ -323,6 +325,53 @@ def test_of_two_copies_the_newer_counts_and_the_older_never_comes_back(left: Pat
         life.kill()
 
 
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_what_was_written_and_never_listed_never_comes_back(
+    left: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Found: its header stayed in the slot. An evict of the block, stored again elsewhere, did not
+    know of it; once the catalogue was lost, a rebuild brought it back.
+    """
+    life = Life(left)
+    stray = unlisted(life, monkeypatch, Killed if end == "killed" else TierFailed)
+    if end == "killed":
+        life.kill()
+    else:
+        life.close()
+    life = Life(left)
+    assert life.found.keys() == ALL
+    [stored] = life.put(range(300, 301), first=350)
+    life.tier.erase([stored], durable=True)
+    life.close()
+    delete("catalogue")(left)
+    life = Life(left)
+    assert life.found.keys() == ALL
+    assert life.reads([stray]) == set()
+    life.close()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def unlisted(life: Life, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> SlotRecord:
+    """Block 300 is written, durably, and not listed; its header cannot be wiped either."""
+
+    def fail(*_: object) -> None:
+        raise error("planned")
+
+    def fail_to_wipe(*_: object) -> None:
+        raise TierFailed("planned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(life.tier._catalogue, "put", fail)
+        patch.setattr(life.tier._wipes, "wipe", fail_to_wipe)
+        with pytest.raises((Killed, AssertionError)):
+            life.put(range(300, 301))
+    [item] = life.items
+    return SlotRecord(item.slot, item.slot_bytes, item.label)
+
+
 def test_a_stop_meanwhile_is_no_damage(left: Path) -> None:
     for names in ([], ["catalogue"]):
         delete(*names)(left)
@@ -333,6 +382,20 @@ def test_a_stop_meanwhile_is_no_damage(left: Path) -> None:
         life = Life(left)
         assert life.found.keys() == ALL
         life.close()
+
+
+def test_a_stop_before_strays_are_gone_leaves_no_clean_marker(left: Path) -> None:
+    Life(left).kill()
+    tier = SsdTier(left, 3, MIB, min_free_bytes=0)
+    found = tier.find()
+    with pytest.raises(DaemonUnavailable):
+        tier.forget(found, stopping=lambda: True)
+    tier.close()
+    assert not (left / "clean").exists()
+    life = Life(left)
+    assert life.found.keys() == ALL
+    life.close()
+    assert (left / "clean").exists()
 
 
 def test_it_can_be_tried_again(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
