@@ -14,7 +14,6 @@ Does not: choose slots, or retry: what failed is the caller's to place elsewhere
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -240,10 +239,10 @@ class SsdTier:
     def _wipe_failed(self, items: Sequence[SlotIO]) -> None:
         """What is not listed must not be found by a rebuild: it may be evicted by then."""
         failed = [item for item in items if item.error is not None]
-        self.upkeep.has_strays |= bool(failed)
-        # The slot is not in use; where even this fails, it is as if we had been killed here.
-        with contextlib.suppress(TierFailed):
+        try:
             self._wipes.wipe(failed)
+        except TierFailed:  # the slot is not in use: it is as if we had been killed here
+            self.upkeep.has_strays = True
 
     def _ready(self, batch: Sequence[SlotIO]) -> list[SlotIO]:
         """The items whose slab is there, cut and lists their namespace; others get their error."""
@@ -393,7 +392,7 @@ class SsdTier:
         """Syncs and leaves the clean marker. No batch may be under way. Idempotent."""
         try:
             self.wear.save()
-            self._catalogue.close(clean=not self.upkeep.has_strays)
+            self._catalogue.close(clean=self.upkeep.is_clean())
         finally:
             self._starts.end()
             for slab in self._slabs:

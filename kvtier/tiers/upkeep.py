@@ -87,6 +87,14 @@ class Upkeep:
             self.has_strays = False
         reach("recover.swept")
 
+    def is_clean(self) -> bool:
+        """Whether no rebuild can find what no record names. At the end: syncs what was wiped."""
+        try:
+            self._wipes.sync()
+        except TierFailed:
+            self.has_strays = True
+        return not self.has_strays
+
     def missing_bytes(self, segment_count: int) -> int:
         """How much more the file system must give before that many segments have their files."""
         made = [slab for slab in self._slabs[:segment_count] if slab.fd >= 0]

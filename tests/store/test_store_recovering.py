@@ -325,10 +325,10 @@ async def test_what_cannot_be_forgotten_keeps_the_tier_closed(
     node.prepare()
     forget, failing = node.ssd.tier.forget, [True]
 
-    def fails(*slots: list[int]) -> None:
+    def fails(*arguments: object, **options: object) -> None:
         if failing:
             raise TierFailed("planned: not forgotten")
-        forget(*slots)
+        forget(*arguments, **options)
 
     monkeypatch.setattr(node.ssd.tier, "forget", fails)
     await node.open(recovered=False)
