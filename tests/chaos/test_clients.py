@@ -22,7 +22,8 @@ pytestmark = pytest.mark.timeout(TIMEOUT_S)
 SWARM = Path(__file__).with_name("chaos_swarm.py")
 PLANTED = Path(__file__).with_name("planted_daemon.py")
 BATCH, FULL = 50, 5
-BACK_S = 10.0  # 1 s is what an idle machine keeps to; it is measured and printed
+BACK_S = 1.0  # what each batch keeps to on an idle machine: here, one of them must
+LATEST_S = 10.0
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def swarm(daemon: Daemon, light: int, full: int, name: str) -> Iterator[list[int
         process.communicate()
 
 
-def kill_all(daemon: Daemon, count: int, name: str, within_s: float = BACK_S) -> float:
+def kill_all(daemon: Daemon, count: int, name: str, within_s: float = LATEST_S) -> float:
     """So many clients die; seconds until nothing of theirs is left, which is asserted."""
     full = min(FULL, count)
     with swarm(daemon, count - full, full, name) as pids:
@@ -84,7 +85,9 @@ def test_killed_clients_give_everything_back() -> None:
             assert holds(client.open_namespace(model="swarm", format=FORMAT), keys_of("held", 4))
         daemon.assert_sound()
         eventually(lambda: daemon.descriptors() <= baseline)
-        print(json.dumps({"clients": total, "back_s_max": round(max(times), 3)}))  # noqa: T201
+        summary = {"clients": total, "back_s": [round(back_s, 3) for back_s in times]}
+        print(json.dumps(summary))  # noqa: T201
+        assert min(times) <= BACK_S, summary
         assert daemon.stop() == 0, daemon.log
     finally:
         daemon.close()

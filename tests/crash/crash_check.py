@@ -19,16 +19,29 @@ from itertools import islice
 from pathlib import Path
 
 import crash_plants
-from crash_disk import Disk, Image
+from crash_disk import SECTOR_BYTES, Disk, Image
 from crash_oracle import Block, Oracle
 from crash_recording import Event, record
-from crash_workload import SPACES, key_of, open_tier, payload
+from crash_workload import (
+    SEGMENT_BYTES,
+    SEGMENTS,
+    SPACES,
+    descriptor,
+    key_of,
+    label,
+    open_tier,
+    payload,
+)
 
-from kvtier.block import SlotIO
+from kvtier.block import SLOT_BITS, SlotIO
 from kvtier.native import AlignedBuffer
+from kvtier.tiers.base import SlotRecord
+from kvtier.tiers.slots import SLOT_HEADER_BYTES
+from kvtier.tiers.ssd import SsdTier
 from kvtier.units import KIB
 
 _STATES_AT_ONCE = 400  # an image is half a MiB
+_AFTERMATHS = 8  # one state of so many is lived on from
 # What may be lost beside the cut itself: the slabs alone must be enough.
 LOSSES = (("catalogue/",), ("namespaces",), ("catalogue/", "namespaces"))
 
@@ -37,6 +50,7 @@ LOSSES = (("catalogue/",), ("namespaces",), ("catalogue/", "namespaces"))
 class State:
     """One image, the oracle of that point, and how to find it again."""
 
+    number: int
     name: str
     image: Image
     oracle: Oracle
@@ -68,7 +82,8 @@ def states(events: list[Event], seed: int) -> Iterator[State]:
             if digest not in seen:
                 seen.add(digest)
                 frozen = frozen or deepcopy(oracle)
-                yield State(f"event {number}, lost {lost or 'nothing'}", left, frozen)
+                name = f"event {number}, lost {lost or 'nothing'}"
+                yield State(len(seen), name, left, frozen)
 
 
 def _digest(image: Image, mark: int) -> bytes:
@@ -185,11 +200,53 @@ def recover(state: State, directory: Path) -> list[str]:
         (directory / path).write_bytes(content)
     found, epochs, problems = _life(directory)
     problems += state.oracle.problems(found, epochs, names="namespaces" in state.image)
+    problems += state.oracle.remains(_on_disk(state.image))
     again, epochs_again, more = _life(directory)
     problems += more
     if (again, epochs_again) != (found, epochs):
         problems.append(f"a second recovery differs: {found} then {again}")
+    if state.number % _AFTERMATHS == 0:
+        problems += aftermath(directory)
     return problems
+
+
+def aftermath(directory: Path) -> list[str]:
+    """Blocks that did not come back are stored again, all is evicted for good, and the catalogue is
+    lost: nothing may be there. What a cut left in a slot that nothing names would be.
+    """
+    tier = open_tier(directory)
+    try:
+        records = list(tier.recover())
+        there = {record.label.key for record in records}
+        absent = [place for key, place in _BLOCKS.items() if key not in there]
+        epochs = {digest: epoch for digest, _, epoch in tier.namespaces()}
+        for space, digest in enumerate(SPACES):
+            tier.register_namespace(digest, descriptor(space), epochs.get(digest, 0))
+        with AlignedBuffer(8 * KIB) as memory:
+            items = []
+            for (slot, slot_bytes), (space, name) in zip(
+                _free(tier, records), absent, strict=False
+            ):
+                what = label(space, epochs.get(SPACES[space], 0), name, 4 * KIB)
+                items.append(SlotIO(slot, slot_bytes, memory.address, what))
+            tier.write(items)
+        stored = [SlotRecord(item.slot, item.slot_bytes, item.label) for item in items]
+        tier.erase([*records, *stored], durable=True)
+    finally:
+        tier.close()
+    shutil.rmtree(directory / "catalogue")
+    found, _, problems = _life(directory)
+    return [*problems, *(f"block {place} is back after all were evicted" for place in found)]
+
+
+def _free(tier: SsdTier, records: list[SlotRecord]) -> Iterator[tuple[int, int]]:
+    """Every other slot that no record names, with its size: in the rest lies what lay there."""
+    used = {record.slot for record in records}
+    for segment in range(SEGMENTS):
+        slot_bytes = tier.upkeep.slot_bytes(segment) or 4 * KIB + SLOT_HEADER_BYTES
+        for index in range(0, SEGMENT_BYTES // slot_bytes, 2):
+            if (slot := segment << SLOT_BITS | index) not in used:
+                yield slot, slot_bytes
 
 
 def _life(directory: Path) -> tuple[dict[Block, int], dict[int, int], list[str]]:
@@ -228,10 +285,22 @@ def _block_of(key: bytes) -> Block | None:
 
 def _version(place: Block, content: bytes) -> int:
     """Which version of the block this is, -1 if none."""
+    block, version = _versions().get(content[:64], (None, -1))
+    whole = block == place and content == payload(*place, version, len(content))
+    return version if whole else -1
+
+
+def _versions() -> dict[bytes, tuple[Block, int]]:
     if not _VERSIONS:
         for block in _BLOCKS.values():
             for version in range(1, 200):
                 _VERSIONS[payload(*block, version, 64)] = (block, version)
-    block, version = _VERSIONS.get(content[:64], (None, -1))
-    whole = block == place and content == payload(*place, version, len(content))
-    return version if whole else -1
+    return _VERSIONS
+
+
+def _on_disk(image: Image) -> set[tuple[Block, int]]:
+    """Which versions of blocks some sector of a slab is of."""
+    slabs = [content for path, content in image.items() if path.startswith("slabs/")]
+    starts = (slab[at : at + 64] for slab in slabs for at in range(0, len(slab), SECTOR_BYTES))
+    versions = _versions()
+    return {versions[start] for start in starts if start in versions}

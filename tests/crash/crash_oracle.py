@@ -18,6 +18,7 @@ class Oracle:
     forbidden: dict[Block, int] = field(default_factory=dict)  # up to this version: never again
     epochs: dict[int, int] = field(default_factory=dict)  # must be this one or later
     begun: dict[int, int] = field(default_factory=dict)  # may be this one
+    purged: dict[int, int] = field(default_factory=dict)  # of older epochs no byte is left
 
     def take(self, mark: dict[str, Any]) -> None:
         getattr(self, f"_{mark['kind']}_{mark.get('act', '')}", lambda _: None)(mark)
@@ -61,8 +62,21 @@ class Oracle:
         self.epochs[mark["space"]] = mark["epoch"]
 
     _done_register = _done_clear
+    _begin_purge = _begin_clear
+
+    def _done_purge(self, mark: dict[str, Any]) -> None:
+        self._done_clear(mark)
+        self.purged[mark["space"]] = mark["epoch"]
 
     # --- the judgement
+
+    def remains(self, written: set[tuple[Block, int]]) -> list[str]:
+        """`written`: versions of blocks of which some sector lies on the disk."""
+        return [
+            f"block {place} version {version} was purged, and some of it is still on the disk"
+            for place, version in written
+            if self.issued.get(place, {}).get(version, 0) < self.purged.get(place[0], 0)
+        ]
 
     def problems(
         self, found: dict[Block, int], epochs: dict[int, int], *, names: bool

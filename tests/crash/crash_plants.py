@@ -1,6 +1,7 @@
 """Bugs put into the production code, to see that the harness catches them.
 
-`fsync` and `order` spoil what is written; `checksum` and `generation` what is read back.
+`fsync`, `order` and `purge` spoil what is written; `checksum`, `generation` and `strays` what is
+done with what is found.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import kvtier.tiers.recovery
 import kvtier.tiers.slots
 from kvtier.tiers.records import Arranger, Found, Shape
 from kvtier.tiers.slab import Slab
+from kvtier.tiers.upkeep import Upkeep
+from kvtier.tiers.wipes import Wipes
 
-WRITING = ("fsync", "order")
-READING = ("checksum", "generation")
+WRITING = ("fsync", "order", "purge")
+READING = ("checksum", "generation", "strays")
 
 
 def plant(name: str) -> None:
     """Patches this process. An unknown name is a mistake in the harness."""
     if name:
-        {"fsync": _fsync, "order": _order, "checksum": _checksum, "generation": _generation}[name]()
+        {
+            "fsync": _fsync, "order": _order, "purge": _purge,
+            "checksum": _checksum, "generation": _generation, "strays": _strays,
+        }[name]()  # fmt: skip
 
 
 def _fsync() -> None:
@@ -40,6 +46,16 @@ def _order() -> None:
         late.append((slab, failures_before))
 
     Slab.sync = postponed  # type: ignore[method-assign]
+
+
+def _purge() -> None:
+    """What was purged is not overwritten."""
+    Wipes.scour = lambda *_: 0  # type: ignore[method-assign]
+
+
+def _strays() -> None:
+    """What a cut left in slots that nothing names stays there."""
+    Upkeep.sweep = lambda *_: None  # type: ignore[method-assign]
 
 
 def _checksum() -> None:

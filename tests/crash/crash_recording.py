@@ -21,7 +21,7 @@ CALLS = (
     "renameat2,unlink,unlinkat,mkdir"
 )
 _LINE = re.compile(r"^(\w+)\((.*)\)\s+= (-?\d+)")
-_FD = re.compile(r"^(\d+)<([^>]*)>")
+_FD = re.compile(r"^(\d+)<([^>]*)>(\(deleted\))?")
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
@@ -92,7 +92,7 @@ def _events(call: str, arguments: str, root: str, marks: str) -> list[Event]:
         made = [Event("create", name)]
         return [*made, Event("size", name, 0)] if "O_TRUNC" in arguments else made
     fd = _FD.match(arguments)
-    if fd is None:
+    if fd is None or fd[3]:  # what has no name any longer is not on any image
         return []
     path = _decoded(fd[2])
     if path == marks:

@@ -53,7 +53,7 @@ def key_of(space: int, name: int) -> bytes:
 
 def payload(space: int, name: int, version: int, size_bytes: int) -> bytes:
     unit = hashlib.sha256(f"{space}/{name}/{version}".encode()).digest()
-    return unit * (size_bytes // len(unit))
+    return unit * (size_bytes // len(unit))  # so that every sector begins with a unit
 
 
 def label(space: int, epoch: int, name: int, size_bytes: int) -> SlotLabel:
@@ -80,7 +80,8 @@ class Life:
             self.acknowledged("register", self._register(space), space=space, epoch=0)
 
     def _register(self, space: int) -> Callable[[], None]:
-        return lambda: self.tier.register_namespace(SPACES[space], descriptor(space), 0)
+        epoch = self.epochs[space]
+        return lambda: self.tier.register_namespace(SPACES[space], descriptor(space), epoch)
 
     def mark(self, kind: str, **facts: Any) -> None:
         os.write(self.marks, json.dumps({"kind": kind, **facts}).encode() + b"\n")
@@ -175,6 +176,33 @@ class Life:
         self.acknowledged("recycle", lambda: self.tier.recycle(segment), blocks=facts)
         self._forget(gone)
 
+    def purge(self) -> None:
+        """Clear, and nothing of it is left on the disk; the next block is of a namespace anew."""
+        space = self.rng.randrange(2)
+        self.epochs[space] += 1
+        facts = {"space": space, "epoch": self.epochs[space]}
+        gone = [place for place in self.placed if place[0] == space]
+        records = [self.placed[place] for place in gone]
+        self._forget(gone)
+        self.acknowledged("purge", lambda: self._purge(space, records), **facts)
+        self.acknowledged("register", self._register(space), **facts)
+
+    def _purge(self, space: int, records: list[SlotRecord]) -> None:
+        self.tier.erase(records, durable=False)
+        _, suspects = self.tier.purge(SPACES[space], self.epochs[space])
+        for segment in suspects:
+            self.tier.scour(segment, sorted(self.free[segment]) if self.cut[segment] else None)
+        self.tier.naming.scoured(SPACES[space])
+
+    def resize(self) -> None:
+        """The last slab goes, and another one comes, which may be cut in another way."""
+        gone = self._placed_in(SEGMENTS - 1)
+        facts = [[space, name, self.versions[space, name]] for space, name in gone]
+        self.acknowledged("recycle", lambda: self.tier.upkeep.take_away(SEGMENTS - 1), blocks=facts)
+        self._forget(gone)
+        self.cut[SEGMENTS - 1] = 0
+        self.acknowledged("grow", lambda: self.tier.upkeep.add(SEGMENTS))
+
     def restart(self) -> None:
         """A clean stop and start: the clean marker and the catalogue's second life."""
         self.acknowledged("close", self.tier.close)
@@ -190,6 +218,8 @@ class Life:
             (5, lambda: self.erase(durable=False)),
             (4, self.clear),
             (4, self.recycle),
+            (2, self.purge),
+            (2, self.resize),
             (2, self.restart),
         ]
         weights = [weight for weight, _ in acts]

@@ -126,6 +126,7 @@ def test_a_trace_is_read_as_it_was_written() -> None:
             f'pwritev2(5<{hexed}>, [{{iov_base="\\x03", iov_len=1}}], 1, 4096, 0) = 1',
             f'pwrite64(5<{hexed}>, "\\x04", 1, 77) = -1 ENOSPC (No space left on device)',
             f"fdatasync(5<{hexed}>) = 0",
+            f'pwritev(6<{hexed}>(deleted), [{{iov_base="\x05", iov_len=1}}], 1, 0) = 1',
             f'write(3<{marks}>, "\\x7b\\x7d\\x0a", 3) = 3',
         )
     )
