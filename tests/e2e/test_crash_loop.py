@@ -100,6 +100,26 @@ def test_without_the_library_starts_that_do_not_get_through_count(daemon: Daemon
     assert_serves(daemon)
 
 
+def test_when_slabs_cannot_be_read_either_the_tier_starts_empty(daemon: Daemon) -> None:
+    assert daemon.stop() == 0
+    for point in ("recover.catalogue", "recover.catalogue", "rebuild.scanned"):
+        daemon.launch(KVTIER_NATIVE="off", KVTIER_FAILPOINT=point)
+        assert daemon.process.wait(START_S) == -signal.SIGKILL
+    daemon.start()
+    assert "and slabs too: reading those failed as well" in daemon.log
+    [slabs] = (daemon.folder / "state" / "ssd").glob("slabs.damaged-*")
+    assert list(slabs.glob("*.slab")), "no evidence"
+    for _ in range(2):
+        with Client(daemon.socket, deadline_s=5) as client:
+            space = client.open_namespace(model="m", format=FORMAT)
+            assert space.lookup(KEPT).block_count == 0
+            more = keys_of(f"more {daemon.process.pid}", 3)
+            stored(space, more, durable=True)
+        daemon.restart()
+        with Client(daemon.socket, deadline_s=5) as client:
+            assert holds(client.open_namespace(model="m", format=FORMAT), more)
+
+
 def test_a_file_torn_under_the_map_kills_once_and_is_made_anew(daemon: Daemon) -> None:
     os.truncate(daemon.folder / "state" / "ssd" / "catalogue" / "data.mdb", 2 * 4096)
     with Client(daemon.socket, deadline_s=5) as client, contextlib.suppress(KvTierError):
