@@ -225,9 +225,8 @@ class Moves:
         if slots.available(space.tenant, slot_bytes) < space.shards:
             if route.target is not ledger.tiers[-1] or route.target is ledger.top:
                 return None
-            # The lowest tier only forgets: that plans no moves, and its slots come back when
-            # their records are erased.
-            self.make_room(route.target, space, max(space.shards, self._batch(space)))
+            # The lowest tier only forgets: no moves; slots come back when records are erased.
+            self.make_room(route.target, space, self._batch(space, route.target))
             if slots.available(space.tenant, slot_bytes) < space.shards:
                 return None
         move = Move(
@@ -253,9 +252,10 @@ class Moves:
         if move.drop_source:
             self._count_leaving(space, move, 1)
 
-    def _batch(self, space: Namespace) -> int:
-        """How many slots to free at once below: erasing in batches is what makes it cheap."""
-        return 64 * space.shards
+    def _batch(self, space: Namespace, tier: TierId) -> int:
+        """Slots to free at once: erasing is cheap in batches; of a small tier at most a 16th."""
+        share = self._ledger.slots[tier].capacity_bytes // space.slot_bytes[tier] // 16
+        return max(min(64 * space.shards, share), space.shards)
 
     def _count_leaving(self, space: Namespace, move: Move, sign: int) -> None:
         tier, size = move.route.source, move.source_slot_bytes
